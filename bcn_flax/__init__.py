@@ -1,0 +1,26 @@
+"""Batch-Channel Normalization and Weight Standardization for JAX and Flax.
+
+The layers here are those of `bcn_flax.linen`. The algebra they stand on is in `bcn_flax.affine`.
+"""
+
+from bcn_flax.linen import (
+    BatchChannelNorm,
+    BatchNorm,
+    ChannelNorm,
+    EstimatedBatchNorm,
+    WSConv,
+    WSConvTranspose,
+    WSDense,
+)
+from bcn_flax.norms import standardize_kernel
+
+__all__ = [
+    "BatchChannelNorm",
+    "BatchNorm",
+    "ChannelNorm",
+    "EstimatedBatchNorm",
+    "WSConv",
+    "WSConvTranspose",
+    "WSDense",
+    "standardize_kernel",
+]

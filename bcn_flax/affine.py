@@ -1,0 +1,194 @@
+"""The algebra of normalization: moments in, affine maps out.
+
+A normalization layer never needs the activation itself to decide what to do with it. It needs the
+mean and the variance of each channel of each sample, `Moments`, and what it decides is one scale
+and one offset for each, `Affine`. Both are small, `(n, c)`, and affine maps compose, so that any
+stack of normalizations reads `x` once to measure it and once to write the result:
+
+    m = moments(x)                                   # one pass over x
+    f = standardize(pool_batch(m), epsilon)          # batch norm
+    g = standardize(pool_groups(push(f, m), groups)) # a group norm of its output, from m alone
+    y = apply(chain(f, spread(g, c)), x)             # one pass over x
+
+Three laws carry this. The law of total variance pools moments, `push` knows the moments of `f(x)`
+without computing `f(x)`, and `chain` is associative.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float
+
+
+class Moments(NamedTuple):
+    """Mean and (biased) variance of each channel of each sample.
+
+    `size` is the number of values they were taken of, and so their weight when they are pooled: a
+    plain number where it is the same for all.
+    """
+
+    mean: Float[Array, "n c"]
+    var: Float[Array, "n c"]
+    size: Float[Array, "n c"] | float = 1.0
+
+
+class Affine(NamedTuple):
+    """The map `x -> scale * x + offset`, one for each channel of each sample."""
+
+    scale: Float[Array, "n c"]
+    offset: Float[Array, "n c"]
+
+
+def moments(
+    x: Float[Array, "n *space c"], axis: int = -1, mask: Bool[Array, "..."] | None = None
+) -> Moments:
+    """Measure each channel of each sample: `E[x]` and `E[(x - E[x])^2]` over its space.
+
+    The second moment is taken around a pivot `p`, `E[(x - p)^2] - E[x - p]^2`: any `p` is exact on
+    paper and has the exact derivatives, and one near the data keeps the digits that
+    `E[x^2] - E[x]^2` loses when the mean is large. Here `p` is the mean of a coarse grid of each
+    channel's values. Being the mean of a fraction `r` of them, it lies within `sqrt(1/r - 1)`
+    standard deviations of their mean, wherever the outliers are.
+
+    Args:
+        x: any number of space axes, none included; the first axis counts samples.
+        axis: the channel axis.
+        mask: true where a value counts; one axis for each of `x`'s, of the same length or 1.
+
+    Returns:
+        Moments in float32, or wider where `x` is. Mean and variance are 0 where nothing counts.
+    """
+    space = tuple(i for i in range(1, x.ndim) if i != axis % x.ndim)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    size: Array | float
+    if mask is None:
+        size = float(math.prod(x.shape[i] for i in space))
+        pivot = jnp.mean(_coarse_grid(x, space), space, keepdims=True)
+    else:
+        # A masked value may be anything, NaN included: it is replaced before any arithmetic.
+        mask = jnp.broadcast_to(mask, x.shape)
+        size = jnp.sum(mask, space, keepdims=True, dtype=x.dtype)
+        x = jnp.where(mask, x, 0)
+        pivot = jnp.sum(x, space, keepdims=True) / jnp.maximum(size, 1)
+    pivot = lax.stop_gradient(pivot)
+    deviation = x - pivot if mask is None else jnp.where(mask, x - pivot, 0)
+
+    def average(values: Array) -> Array:
+        return jnp.sum(values, space, keepdims=True) / jnp.maximum(size, 1)
+
+    first, second = average(deviation), average(jnp.square(deviation))
+    mean, var = pivot + first, _not_negative(second - jnp.square(first))
+    n, c = x.shape[0], x.shape[axis]
+    return Moments(
+        mean.reshape(n, c),
+        var.reshape(n, c),
+        size if isinstance(size, float) else size.reshape(n, c),
+    )
+
+
+def pool_batch(
+    m: Moments,
+    axis_name: str | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """The moments of each channel over all samples, and over all devices of `axis_name`.
+
+    Returns:
+        Moments of shape `(1, c)`. Samples and devices weigh by the size of their moments, so that
+        unequal masks are exact. Mean and variance are 0 where nothing counts.
+    """
+
+    def total(values: Array) -> Array:
+        values = jnp.sum(values, axis=0, keepdims=True)
+        if axis_name is None:
+            return values
+        return lax.psum(values, axis_name, axis_index_groups=axis_index_groups)
+
+    return _pool(m, total)
+
+
+def pool_groups(m: Moments, num_groups: int) -> Moments:
+    """The moments of each group of consecutive channels, for each sample: `(n, num_groups)`."""
+
+    def split(values: Array) -> Array:
+        return values.reshape(values.shape[0], num_groups, -1)
+
+    size = jnp.broadcast_to(m.size, m.mean.shape)
+    pooled = _pool(
+        Moments(split(m.mean), split(m.var), split(size)),
+        lambda values: jnp.sum(values, axis=-1, keepdims=True),
+    )
+    return jax.tree.map(lambda values: values[..., 0], pooled)
+
+
+def standardize(m: Moments, epsilon: float) -> Affine:
+    """The map that gives mean 0 and variance `var / (var + epsilon)`, nearly 1."""
+    scale = lax.rsqrt(m.var + epsilon)
+    return Affine(scale, -m.mean * scale)
+
+
+def push(f: Affine, m: Moments) -> Moments:
+    """The moments of `f(x)`, from the moments of `x`."""
+    return Moments(f.scale * m.mean + f.offset, jnp.square(f.scale) * m.var, m.size)
+
+
+def chain(f: Affine, g: Affine) -> Affine:
+    """First `f`, then `g`, as one map."""
+    return Affine(g.scale * f.scale, g.scale * f.offset + g.offset)
+
+
+def spread(f: Affine, channels: int) -> Affine:
+    """One map for each group, `(n, groups)`, as one for each channel, `(n, channels)`."""
+    return jax.tree.map(lambda v: jnp.repeat(v, channels // v.shape[1], axis=1), f)
+
+
+def apply(
+    f: Affine, x: Float[Array, "n *space c"], axis: int = -1, dtype: DTypeLike | None = None
+) -> Float[Array, "n *space c"]:
+    """Write `f.scale * x + f.offset`, computed in `f`'s precision and rounded once, to `dtype`.
+
+    Args:
+        f: one map for each channel of each sample, `(n, c)`, or of all samples, `(1, c)`.
+        x: any number of space axes, none included; the first axis counts samples.
+        axis: the channel axis.
+        dtype: of the result; None is that of `x`.
+    """
+    scale, offset = (_like(values, x, axis) for values in f)
+    return (scale * x + offset).astype(dtype or x.dtype)
+
+
+def _pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
+    """The law of total variance, `Var = E[var] + Var[mean]`: a sum of positive terms only.
+
+    `total` adds up whatever is to be pooled, keeping the axis.
+    """
+    weight = jnp.broadcast_to(m.size, m.mean.shape)
+    size = total(weight)
+    share = weight / jnp.maximum(size, 1)
+    mean = total(share * m.mean)
+    var = total(share * (m.var + jnp.square(m.mean - mean)))
+    return Moments(mean, var, size)
+
+
+def _coarse_grid(x: Array, space: Sequence[int], points: int = 64) -> Array:
+    """Up to about `points` values of each channel, evenly spread over the space axes."""
+    per_axis = round(points ** (1 / max(len(space), 1)))
+    strides = [-(-d // per_axis) if i in space else 1 for i, d in enumerate(x.shape)]
+    return lax.slice(x, [0] * x.ndim, x.shape, strides)
+
+
+def _not_negative(var: Array) -> Array:
+    """Clamp at 0 what rounding made negative, leaving every derivative as it is."""
+    return var + lax.stop_gradient(jnp.maximum(var, 0) - var)
+
+
+def _like(values: Array, x: Array, axis: int) -> Array:
+    """Lay `(n, c)` numbers out along the axes of `x`."""
+    shape = [1] * x.ndim
+    shape[0], shape[axis] = values.shape
+    return values.reshape(shape)

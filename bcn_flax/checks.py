@@ -1,0 +1,146 @@
+"""Every complaint about bad arguments or input: one function a rule.
+
+Each message states the rule, the values seen and the way out.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def float_input(dtype: DTypeLike) -> None:
+    """Only real floating-point input can be normalized."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"The input must be of a real floating-point type, but it is {jnp.dtype(dtype)}. "
+            "Convert it first, for example with x.astype(jnp.float32)."
+        )
+
+
+def feature_axis(shape: Sequence[int], axis: int) -> None:
+    """The input has a batch axis, which comes first, and another one that counts channels."""
+    rank = len(shape)
+    if rank < 2:
+        raise ValueError(
+            "The input must have a batch axis and a channel axis, (n, *space, c), but its shape is "
+            f"{tuple(shape)}. For a single sample, add the batch axis with x[None]."
+        )
+    if not -rank <= axis < rank or axis % rank == 0:
+        raise ValueError(
+            f"The channel axis must be one of 1 to {rank - 1}, or -{rank - 1} to -1, for an input "
+            f"of shape {tuple(shape)}, whose axis 0 is the batch, but axis={axis}."
+        )
+
+
+def not_empty(shape: Sequence[int]) -> None:
+    """There is no mean of nothing."""
+    if math.prod(shape) == 0:
+        raise ValueError(
+            f"The input must not be empty, but its shape is {tuple(shape)}. "
+            "Skip the empty batch, or pad it and pass a mask."
+        )
+
+
+def mask(mask_shape: Sequence[int], mask_dtype: DTypeLike, shape: Sequence[int]) -> None:
+    """A mask is boolean and lines up with the input, axis by axis."""
+    fits = len(mask_shape) == len(shape) and all(
+        m in (1, d) for m, d in zip(mask_shape, shape, strict=True)
+    )
+    if not fits:
+        one_a_sample = (shape[0],) + (1,) * (len(shape) - 1)
+        raise ValueError(
+            "The mask must have as many axes as the input, each of the same length or 1, but the "
+            f"mask's shape is {tuple(mask_shape)} and the input's is {tuple(shape)}. To mask whole "
+            f"samples, give it the shape {one_a_sample}."
+        )
+    if not jnp.issubdtype(mask_dtype, jnp.bool_):
+        raise ValueError(
+            f"The mask must be boolean, true where a value counts, but it is "
+            f"{jnp.dtype(mask_dtype)}. Convert it first, for example with mask != 0."
+        )
+
+
+def group_count(channels: int, num_groups: int | None, group_size: int | None) -> int:
+    """One of `num_groups` and `group_size` is given, and divides the channels.
+
+    Returns:
+        The number of groups.
+    """
+    if (num_groups is None) == (group_size is None):
+        raise ValueError(
+            "Exactly one of num_groups and group_size must be given, but num_groups="
+            f"{num_groups} and group_size={group_size}. Set the other one to None."
+        )
+    name, value = (
+        ("num_groups", num_groups) if num_groups is not None else ("group_size", group_size)
+    )
+    divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+    if value not in divisors:
+        raise ValueError(
+            f"{name} must divide the number of channels, but {name}={value} and there are "
+            f"{channels} channels. Any of {', '.join(map(str, divisors))} would do."
+        )
+    return value if num_groups is not None else channels // value
+
+
+def running_average_flag(layer: str, attribute: bool | None, argument: bool | None) -> bool:
+    """Whether to use the running averages is said in the call or in the constructor.
+
+    Returns:
+        What the call says, or else what the constructor said.
+    """
+    flag = attribute if argument is None else argument
+    if flag is None:
+        raise ValueError(
+            f"{layer} must be told whether to normalize by the running averages "
+            "(evaluation) or to update them (training), but use_running_average is None. Either\n"
+            f"  1. set it in the constructor: {layer}(use_running_average=not train),\n"
+            "  2. pass it in the call: layer(x, use_running_average=not train), or\n"
+            f"  3. set it for all layers at once: norm = partial({layer}, "
+            "use_running_average=not train)."
+        )
+    return flag
+
+
+def momentum(value: float) -> None:
+    """A moving average weighs the old value by a number from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise ValueError(
+            "momentum is the weight of the old running average and must be from 0 to 1, but "
+            f"momentum={value}. A PyTorch momentum m is 1 - m here: 0.1 there is 0.9 here."
+        )
+
+
+def epsilon(value: float) -> None:
+    """A positive number keeps the square root away from 0."""
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"epsilon must be positive and finite, but epsilon={value}. The usual one is 1e-5."
+        )
+
+
+def several_values(samples: int, values: object) -> None:
+    """The variance of a single value is 0, and says nothing.
+
+    Only where the number of values of each sample is known: a mask may depend on the data.
+    """
+    if isinstance(values, float) and samples * values == 1:
+        warnings.warn(
+            "The batch has a single value per channel (1 sample without space axes, or of size 1), "
+            "so its variance is 0 and a batch norm in training learns nothing from it. Use a "
+            "larger batch, or evaluate with use_running_average=True.",
+            stacklevel=2,
+        )
+
+
+def fan_in(shape: Sequence[int], axis: int) -> None:
+    """Weight standardization needs two weights or more for each output channel."""
+    if math.prod(shape) == shape[axis]:
+        raise ValueError(
+            "Weight standardization needs at least 2 weights per output channel (fan-in), but a "
+            f"kernel of shape {tuple(shape)} has 1. Use the layer without weight standardization "
+            "here."
+        )

@@ -1,0 +1,363 @@
+"""The layers as Flax linen modules.
+
+Thin shells: they own the parameters and the running estimates, and leave the arithmetic to
+`bcn_flax.norms`. Every normalization here has a method `affine`, from the moments of its input to
+the affine map that it applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import initializers
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Bool, Float
+
+from bcn_flax import checks, norms
+from bcn_flax.affine import Affine, Moments, apply, chain, moments, push
+
+
+class BatchNorm(nn.Module):
+    """Batch normalization, as `flax.linen.BatchNorm`, accurate at any mean and exact under a mask.
+
+    In training it standardizes each channel by the mean and the biased variance of the batch, and
+    moves the running averages towards them; in evaluation, by the running averages:
+
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+
+    Parameters are `scale` and `bias`, `(c,)`; statistics are `mean` and `var`, `(c,)`, in the
+    collection `batch_stats`, in float32 or wider. They do not move during initialization.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bcn_flax.linen import BatchNorm
+        >>> layer = BatchNorm(use_running_average=False)
+        >>> x = jnp.ones((4, 8, 8, 32))
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+
+    Attributes:
+        use_running_average: true in evaluation, false in training; may be given in the call
+            instead, which wins.
+        axis: the channel axis. The first axis is the batch's.
+        momentum: the weight of the old running average.
+        epsilon: added to the variance, inside the root.
+        dtype: of the result; by default what the input and the parameters promote to.
+        param_dtype: of the parameters.
+        use_bias: whether to learn a bias.
+        use_scale: whether to learn a scale.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
+            Under `jit` with a sharded batch nothing is needed: the batch is pooled whole.
+        axis_index_groups: groups of devices of that axis which pool among themselves.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", arXiv 1502.03167.
+    """
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: str | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+
+    _estimate: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        x: Float[Array, "n *space c"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "n *space c"]:
+        """Normalize `x`; `mask` is true at the values that count in the moments.
+
+        Raises:
+            ValueError: bad input, or nobody said whether to use the running averages.
+        """
+        evaluate = checks.running_average_flag(
+            type(self).__name__, self.use_running_average, use_running_average
+        )
+        return _normalize(self, x, mask, lambda m: self.affine(m, evaluate))
+
+    @nn.compact
+    def affine(self, m: Moments, use_running_average: bool) -> Affine:
+        """The map to apply to an input with moments `m`; in training, update the statistics."""
+        checks.momentum(self.momentum)
+        checks.epsilon(self.epsilon)
+        channels = m.mean.shape[1]
+        dtype = jnp.promote_types(self.param_dtype, jnp.float32)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, (channels,), dtype)
+        pooled = running = Moments(mean.value[None], var.value[None])
+        if not use_running_average:
+            # While initializing there need be no such axis, and a batch of 1 is no mistake.
+            axis_name = None if self.is_initializing() else self.axis_name
+            if axis_name is None and not self.is_initializing():
+                checks.several_values(m.mean.shape[0], m.size)
+            pooled, running = norms.training_moments(
+                m, running, self.momentum, self._estimate, axis_name, self.axis_index_groups
+            )
+            if not self.is_initializing():
+                mean.value, var.value = running.mean[0], running.var[0]
+        return norms.batch_norm(pooled, _learned(self, channels), self.epsilon)
+
+
+class EstimatedBatchNorm(BatchNorm):
+    """Batch normalization by the running averages, in training too, where batches are tiny.
+
+    In training it first moves the running averages towards the batch's moments and then normalizes
+    by them; no gradient flows through them. Evaluation, parameters, statistics and attributes are
+    those of `BatchNorm`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bcn_flax.linen import EstimatedBatchNorm
+        >>> layer = EstimatedBatchNorm(use_running_average=False)
+        >>> x = jnp.ones((1, 8, 8, 32))
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+
+    On its own it trains unstably: nothing bounds the scale of its output while the estimates lag
+    behind. The channel norm that follows it in `BatchChannelNorm` does.
+
+    Source: Qiao et al., arXiv 1903.10520, which estimates the statistics of micro-batches.
+    """
+
+    _estimate: ClassVar[bool] = True
+
+
+class ChannelNorm(nn.Module):
+    """Normalize each group of channels of each sample; one scale and bias for each group.
+
+        y = scale * (x - mean) / sqrt(var + epsilon) + bias
+
+    `flax.linen.GroupNorm` does the same with one scale and bias for each channel.
+
+    Parameters are `scale` and `bias`, `(groups,)`. There are no statistics: training and evaluation
+    are the same.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bcn_flax.linen import ChannelNorm
+        >>> layer = ChannelNorm(num_groups=8)
+        >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((2, 4, 4, 32)))
+
+    Attributes:
+        num_groups: number of groups of consecutive channels.
+        group_size: number of channels in a group; set `num_groups=None` to give this instead.
+        axis: the channel axis. The first axis is the batch's.
+        epsilon: added to the variance, inside the root.
+        dtype: of the result; by default what the input and the parameters promote to.
+        param_dtype: of the parameters.
+        use_bias: whether to learn a bias.
+        use_scale: whether to learn a scale.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+
+    Source: Qiao et al., arXiv 1903.10520; an affine map for each group as in the authors' code.
+    """
+
+    num_groups: int | None = 32
+    group_size: int | None = None
+    axis: int = -1
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+
+    def __call__(
+        self, x: Float[Array, "n *space c"], *, mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "n *space c"]:
+        """Normalize `x`; `mask` is true at the values that count in the moments.
+
+        Raises:
+            ValueError: bad input, or groups that do not divide the channels.
+        """
+        return _normalize(self, x, mask, self.affine)
+
+    @nn.compact
+    def affine(self, m: Moments) -> Affine:
+        """The map to apply to an input with moments `m`."""
+        checks.epsilon(self.epsilon)
+        groups = checks.group_count(m.mean.shape[1], self.num_groups, self.group_size)
+        return norms.channel_norm(m, _learned(self, groups), self.epsilon)
+
+
+class BatchChannelNorm(nn.Module):
+    """Batch-channel normalization: a batch norm, then a channel norm, at the cost of one.
+
+    The batch norm keeps channels from collapsing, which a channel norm alone cannot; the channel
+    norm makes it safe to run the batch norm on estimated statistics, so that a batch of one image
+    will do. A drop-in replacement for `flax.linen.BatchNorm`.
+
+    Parameters are `batch_norm/{scale,bias}`, `(c,)`, and `channel_norm/{scale,bias}`, `(groups,)`;
+    statistics are `batch_norm/{mean,var}`, `(c,)`, in the collection `batch_stats`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bcn_flax.linen import BatchChannelNorm
+        >>> layer = BatchChannelNorm(num_groups=8, use_running_average=False)
+        >>> x = jnp.ones((1, 8, 8, 32))
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+
+    Attributes:
+        use_running_average: true in evaluation, false in training; may be given in the call
+            instead, which wins.
+        axis: the channel axis. The first axis is the batch's.
+        momentum: the weight of the old running average.
+        epsilon: added to both variances, inside the root.
+        dtype: of the result; by default what the input and the parameters promote to.
+        param_dtype: of the parameters.
+        use_bias: whether to learn biases, in both norms.
+        use_scale: whether to learn scales, in both norms.
+        bias_init: initializer of the channel norm's bias; the batch norm's starts at 0.
+        scale_init: initializer of the channel norm's scale; the batch norm's starts at 1. Zeros
+            make a residual branch start as the identity.
+        axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
+            Under `jit` with a sharded batch nothing is needed: the batch is pooled whole.
+        axis_index_groups: groups of devices of that axis which pool among themselves.
+        num_groups: number of groups of consecutive channels.
+        group_size: number of channels in a group; set `num_groups=None` to give this instead.
+        estimate: whether the batch norm normalizes by the running averages in training too
+            (`EstimatedBatchNorm`), or by the batch (`BatchNorm`), which wants large batches.
+
+    Source: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
+    Standardization", arXiv 1903.10520.
+    """
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: str | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+    num_groups: int | None = 32
+    group_size: int | None = None
+    estimate: bool = True
+
+    def __call__(
+        self,
+        x: Float[Array, "n *space c"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "n *space c"]:
+        """Normalize `x`; `mask` is true at the values that count in the moments.
+
+        Raises:
+            ValueError: bad input, groups that do not divide the channels, or nobody said whether to
+                use the running averages.
+        """
+        evaluate = checks.running_average_flag(
+            type(self).__name__, self.use_running_average, use_running_average
+        )
+        return _normalize(self, x, mask, lambda m: self.affine(m, evaluate))
+
+    @nn.compact
+    def affine(self, m: Moments, use_running_average: bool) -> Affine:
+        """The map to apply to an input with moments `m`; in training, update the statistics."""
+        shared: dict[str, Any] = {
+            "epsilon": self.epsilon,
+            "param_dtype": self.param_dtype,
+            "use_bias": self.use_bias,
+            "use_scale": self.use_scale,
+        }
+        batch_norm = (EstimatedBatchNorm if self.estimate else BatchNorm)(
+            momentum=self.momentum,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            name="batch_norm",
+            **shared,
+        )
+        channel_norm = ChannelNorm(
+            num_groups=self.num_groups,
+            group_size=self.group_size,
+            bias_init=self.bias_init,
+            scale_init=self.scale_init,
+            name="channel_norm",
+            **shared,
+        )
+        f = batch_norm.affine(m, use_running_average)
+        return chain(f, channel_norm.affine(push(f, m)))
+
+
+class _StandardizedKernel(nn.Module):
+    """Use the parameter `kernel` standardized. What is stored, and trained, is the raw one."""
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        value = super().param(name, *args, **kwargs)
+        if name != "kernel":
+            return value
+        # The kernel of a transposed convolution may have its last two axes exchanged.
+        axis = -2 if getattr(self, "transpose_kernel", False) else -1
+        return norms.standardize_kernel(value, axis=axis, mask=getattr(self, "mask", None))
+
+
+class WSConv(_StandardizedKernel, nn.Conv):
+    """`flax.linen.Conv` with weight standardization: see `standardize_kernel`.
+
+    Takes every argument of `nn.Conv` and has its parameters. The kernel is standardized in float32
+    or wider before it is cast to `dtype`, on the fly: the parameter stays raw.
+
+    Follow it with a normalization: standardized weights have no scale of their own to learn.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bcn_flax.linen import WSConv
+        >>> layer = WSConv(features=64, kernel_size=(3, 3))
+        >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 3)))
+    """
+
+
+class WSConvTranspose(_StandardizedKernel, nn.ConvTranspose):
+    """`flax.linen.ConvTranspose` with weight standardization, as `WSConv`."""
+
+
+class WSDense(_StandardizedKernel, nn.Dense):
+    """`flax.linen.Dense` with weight standardization, as `WSConv`."""
+
+
+def _normalize(
+    layer: BatchNorm | ChannelNorm | BatchChannelNorm,
+    x: Array,
+    mask: Array | None,
+    affine: Callable[[Moments], Affine],
+) -> Array:
+    """Measure `x`, and apply what `affine` makes of its moments."""
+    checks.float_input(x.dtype)
+    checks.feature_axis(x.shape, layer.axis)
+    checks.not_empty(x.shape)
+    if mask is not None:
+        checks.mask(mask.shape, mask.dtype, x.shape)
+    dtype = layer.dtype or jnp.promote_types(x.dtype, layer.param_dtype)
+    return apply(affine(moments(x, layer.axis, mask)), x, layer.axis, dtype)
+
+
+def _learned(layer: BatchNorm | ChannelNorm, size: int) -> Affine:
+    """The learned scale and bias, `(1, size)`; 1 and 0 where there is none."""
+    shape, dtype = (size,), layer.param_dtype
+    scale = layer.param("scale", layer.scale_init, shape, dtype) if layer.use_scale else None
+    bias = layer.param("bias", layer.bias_init, shape, dtype) if layer.use_bias else None
+    return Affine(
+        jnp.ones((1, size), dtype) if scale is None else scale[None],
+        jnp.zeros((1, size), dtype) if bias is None else bias[None],
+    )

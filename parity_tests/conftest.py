@@ -1,0 +1,29 @@
+"""How every test runs: strict about ranks, with float64 at hand and eight devices to spread over."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from hypothesis import settings
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes the first example slow, so hypothesis must not count the time.
+settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
+settings.load_profile("default")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m "not torch"`, leave out the files that are all about PyTorch before they import it."""
+    without_torch = "not torch" in config.option.markexpr
+    if without_torch and collection_path.suffix == ".py":
+        return "pytestmark = pytest.mark.torch" in collection_path.read_text() or None
+    return None
+
+
+@pytest.fixture
+def x64():
+    """Run the test in double precision."""
+    with jax.enable_x64(True):
+        yield
