@@ -144,3 +144,33 @@ def fan_in(shape: Sequence[int], axis: int) -> None:
             f"kernel of shape {tuple(shape)} has 1. Use the layer without weight standardization "
             "here."
         )
+
+
+def image_size(shape: Sequence[int], num_blocks: int) -> None:
+    """Each block halves the image, and at least one pixel must remain."""
+    if len(shape) != 4:
+        raise ValueError(
+            f"The images must be (n, height, width, channels), but their shape is {tuple(shape)}. "
+            "For a single image, add the batch axis with x[None]."
+        )
+    smallest = 2**num_blocks
+    if min(shape[1:3]) < smallest:
+        raise ValueError(
+            f"{num_blocks} blocks, each halving the image, need images of at least {smallest}x"
+            f"{smallest}, but these are {shape[1]}x{shape[2]}. Use fewer blocks or larger images."
+        )
+
+
+def norm_name(name: str, known: Sequence[str]) -> None:
+    """A norm is chosen by its name."""
+    if name not in known:
+        raise ValueError(f"norm must be one of {', '.join(known)}, but norm={name!r}.")
+
+
+def blocks(value: Sequence[Sequence[int]]) -> None:
+    """A network has at least one block, and a block at least one convolution."""
+    if not value or not all(value):
+        raise ValueError(
+            "blocks must list the features of at least one convolution in each of at least one "
+            f"block, but blocks={value}. An example: ((64, 64), (128, 128))."
+        )

@@ -1,4 +1,4 @@
-"""How every test runs: strict about ranks, with float64 at hand and eight devices to spread over."""
+"""How every test runs: strict about ranks, float64 at hand, eight devices to spread over."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ settings.load_profile("default")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m "not torch"`, leave out the files that are all about PyTorch before they import it."""
+    """With `-m "not torch"`, leave out the files that need PyTorch before they import it."""
     without_torch = "not torch" in config.option.markexpr
     if without_torch and collection_path.suffix == ".py":
         return "pytestmark = pytest.mark.torch" in collection_path.read_text() or None

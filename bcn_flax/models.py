@@ -1,0 +1,113 @@
+"""Networks that use the layers. `bcn_torch.VGG` is the same one in PyTorch."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from bcn_flax import checks
+from bcn_flax.linen import BatchChannelNorm, BatchNorm, WSConv
+
+Norm = Literal["bcn", "bn", "gn", "none"]
+
+
+class VGG(nn.Module):
+    """A VGG: blocks of 3x3 convolution, norm and ReLU, each halving the image, then a dense layer.
+
+    By default the network of the annotated implementation's CIFAR-10 experiment, with weight
+    standardization and batch-channel normalization. The parameters have the names of its PyTorch
+    modules, `layers.0` written as `layers_0`: see `bcn_flax.interop`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bcn_flax.models import VGG
+        >>> model = VGG(blocks=((32, 32), (64, 64)))
+        >>> images = jnp.ones((1, 8, 8, 1))
+        >>> logits, variables = model.init_with_output(jax.random.key(0), images, train=False)
+
+    Attributes:
+        blocks: the features of each convolution, block by block.
+        num_classes: number of logits.
+        norm: after each convolution: `BatchChannelNorm`, `BatchNorm`, Flax's `GroupNorm` or none.
+        ws: whether the convolutions standardize their weights.
+        num_groups: number of groups of the channel or group norm.
+        estimate: see `BatchChannelNorm`.
+        momentum: the weight of the old running average.
+        epsilon: of the norms.
+        dtype: of the computation; by default what the input and the parameters promote to.
+        param_dtype: of the parameters.
+        axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
+
+    Source: Simonyan and Zisserman, arXiv 1409.1556; configuration from the annotated
+    implementation, `labml_nn/normalization/weight_standardization/experiment.py`.
+    """
+
+    blocks: Sequence[Sequence[int]] = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+    num_classes: int = 10
+    norm: Norm = "bcn"
+    ws: bool = True
+    num_groups: int = 32
+    estimate: bool = True
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    axis_name: str | None = None
+
+    def setup(self) -> None:
+        """Lay the layers out in one list, whose numbering PyTorch shares."""
+        checks.norm_name(self.norm, get_args(Norm))
+        checks.blocks(self.blocks)
+        conv = WSConv if self.ws else nn.Conv
+        norm = self._norm()
+        layers: list[Callable[..., Array]] = []
+        for block in self.blocks:
+            for features in block:
+                layers += [
+                    conv(
+                        features, (3, 3), padding=1, dtype=self.dtype, param_dtype=self.param_dtype
+                    ),
+                    *([norm()] if norm else []),
+                    nn.relu,
+                ]
+            layers += [partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))]
+        self.layers = layers
+        self.fc = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def __call__(
+        self, x: Float[Array, "n h w c"], train: bool
+    ) -> Float[Array, "n {self.num_classes}"]:
+        """The logits of each image.
+
+        Raises:
+            ValueError: the blocks would pool the image away, or it is not `(n, h, w, c)`.
+        """
+        checks.image_size(x.shape, len(self.blocks))
+        for layer in self.layers:
+            if isinstance(layer, BatchChannelNorm | BatchNorm):
+                x = layer(x, use_running_average=not train)
+            else:
+                x = layer(x)
+        return self.fc(x.mean((1, 2)))
+
+    def _norm(self) -> Callable[[], nn.Module] | None:
+        shared: dict[str, Any] = {
+            "epsilon": self.epsilon,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+        batch: dict[str, Any] = {"momentum": self.momentum, "axis_name": self.axis_name}
+        match self.norm:
+            case "bcn":
+                groups: dict[str, Any] = {"num_groups": self.num_groups, "estimate": self.estimate}
+                return partial(BatchChannelNorm, **groups, **batch, **shared)
+            case "bn":
+                return partial(BatchNorm, **batch, **shared)
+            case "gn":
+                return partial(nn.GroupNorm, self.num_groups, **shared)
+            case "none":
+                return None
