@@ -44,6 +44,15 @@ class Affine(NamedTuple):
     offset: Float[Array, "n c"]
 
 
+def widen(x: Array) -> Array:
+    """`x` in float32, or as it is where it is already as wide: the precision of all arithmetic.
+
+    Where `moments` and `apply` both read half-precision data, widen it once, before them, so that
+    its gradient adds up in full precision and is rounded once.
+    """
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def moments(
     x: Float[Array, "n *space c"], axis: int = -1, mask: Bool[Array, "..."] | None = None
 ) -> Moments:
@@ -64,7 +73,7 @@ def moments(
         Moments in float32, or wider where `x` is. Mean and variance are 0 where nothing counts.
     """
     space = tuple(i for i in range(1, x.ndim) if i != axis % x.ndim)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = widen(x)
     size: Array | float
     if mask is None:
         size = float(math.prod(x.shape[i] for i in space))

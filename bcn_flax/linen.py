@@ -15,7 +15,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from bcn_flax import checks, norms
-from bcn_flax.affine import Affine, Moments, apply, chain, moments, push
+from bcn_flax.affine import Affine, Moments, apply, chain, moments, push, widen
 
 
 class BatchNorm(nn.Module):
@@ -349,6 +349,7 @@ def _normalize(
     if mask is not None:
         checks.mask(mask.shape, mask.dtype, x.shape)
     dtype = layer.dtype or jnp.promote_types(x.dtype, layer.param_dtype)
+    x = widen(x)
     return apply(affine(moments(x, layer.axis, mask)), x, layer.axis, dtype)
 
 

@@ -21,6 +21,7 @@ from bcn_flax.affine import (
     pool_groups,
     spread,
     standardize,
+    widen,
 )
 
 
@@ -100,14 +101,22 @@ def standardize_kernel(
     Raises:
         ValueError: an output channel has a single weight, whose variance is not defined.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bcn_flax import standardize_kernel
+        >>> standardize_kernel(jnp.array([[1.0], [2.0], [3.0]])).round(3).ravel().tolist()
+        [-1.0, 0.0, 1.0]
+
     Source: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization", arXiv 1903.10520; unbiased variance and epsilon inside the root as in the
     authors' ImageNet code (`imagenet/models/layers.py`).
     """
     checks.fan_in(kernel.shape, axis)
-    sample = kernel[None]
+    sample = widen(kernel[None])
     axis = axis % kernel.ndim + 1
     m = moments(sample, axis, None if mask is None else mask[None])
     unbiased = m.var * (m.size / jnp.maximum(m.size - 1, 1))
-    standardized = apply(standardize(m._replace(var=unbiased), epsilon), sample, axis)[0]
+    standardized = apply(
+        standardize(m._replace(var=unbiased), epsilon), sample, axis, kernel.dtype
+    )[0]
     return standardized if mask is None else jnp.where(mask, standardized, 0)

@@ -10,7 +10,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compilation makes the first example slow, so hypothesis must not count the time.
-settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
+settings.register_profile("default", deadline=None, max_examples=20, print_blob=True)
 settings.load_profile("default")
 
 

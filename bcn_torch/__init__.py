@@ -1,0 +1,38 @@
+"""Batch-Channel Normalization and Weight Standardization in PyTorch: the reference.
+
+Every layer does what the paper says, stage after stage, each line beside its equation. Nothing here
+is clever: read it to learn the method, and hold faster implementations against it.
+
+Source: Qiao, Wang, Liu, Shen, Yuille, "Micro-Batch Training with Batch-Channel Normalization and
+Weight Standardization", arXiv 1903.10520.
+"""
+
+from bcn_torch.norms import (
+    BatchChannelNorm,
+    BatchNorm,
+    ChannelNorm,
+    EstimatedBatchNorm,
+    frozen_statistics,
+)
+from bcn_torch.vgg import VGG
+from bcn_torch.weight_standardization import (
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+    WSLinear,
+    standardize_weight,
+)
+
+__all__ = [
+    "VGG",
+    "BatchChannelNorm",
+    "BatchNorm",
+    "ChannelNorm",
+    "EstimatedBatchNorm",
+    "WSConv1d",
+    "WSConv2d",
+    "WSConv3d",
+    "WSLinear",
+    "frozen_statistics",
+    "standardize_weight",
+]

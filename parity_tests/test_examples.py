@@ -1,0 +1,28 @@
+"""The examples in the docstrings run as they are printed, and every public name has a docstring."""
+
+import doctest
+import importlib
+
+import pytest
+
+FLAX_SIDE = ["bcn_flax.linen", "bcn_flax.models", "bcn_flax.norms"]
+TORCH_SIDE = ["bcn_torch.norms", "bcn_torch.vgg", "bcn_torch.weight_standardization"]
+MODULES = [
+    *FLAX_SIDE,
+    *(pytest.param(name, marks=pytest.mark.torch) for name in TORCH_SIDE),
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize(
+    "package", ["bcn_flax", pytest.param("bcn_torch", marks=pytest.mark.torch)]
+)
+def test_everything_public_is_explained(package):
+    module = importlib.import_module(package)
+    assert all(getattr(module, name).__doc__ for name in module.__all__)

@@ -1,0 +1,159 @@
+"""Weights move between Flax and PyTorch whole, or not at all."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from flax import linen as nn
+
+import bcn_flax
+import bcn_torch
+from bcn_flax.interop import state_dict_from_variables, variables_from_torch
+from bcn_flax.models import VGG
+from parity_tests import layout
+from parity_tests.tolerances import assert_close
+from parity_tests.twins import random_variables
+
+pytestmark = pytest.mark.torch
+
+BLOCKS = ((8, 8), (16,))
+IMAGES = np.random.default_rng(0).normal(size=(2, 9, 8, 3)).astype(np.float32)
+
+PAIRS = {
+    "BatchNorm": (bcn_flax.BatchNorm(False), lambda: bcn_torch.BatchNorm(8), (2, 4, 8)),
+    "EstimatedBatchNorm": (
+        bcn_flax.EstimatedBatchNorm(False),
+        lambda: bcn_torch.EstimatedBatchNorm(8),
+        (2, 4, 8),
+    ),
+    "ChannelNorm": (bcn_flax.ChannelNorm(4), lambda: bcn_torch.ChannelNorm(8, 4), (2, 4, 8)),
+    "BatchChannelNorm": (
+        bcn_flax.BatchChannelNorm(False, num_groups=4),
+        lambda: bcn_torch.BatchChannelNorm(8, 4),
+        (2, 4, 8),
+    ),
+    "GroupNorm": (nn.GroupNorm(4, epsilon=1e-5), lambda: torch.nn.GroupNorm(4, 8), (2, 4, 8)),
+    "WSConv1d": (
+        bcn_flax.WSConv(6, (3,), padding="VALID"),
+        lambda: bcn_torch.WSConv1d(8, 6, 3),
+        (2, 5, 8),
+    ),
+    "WSConv2d": (
+        bcn_flax.WSConv(6, (3, 2), padding="VALID"),
+        lambda: bcn_torch.WSConv2d(8, 6, (3, 2)),
+        (2, 5, 6, 8),
+    ),
+    "WSConv2d, grouped": (
+        bcn_flax.WSConv(6, (3, 3), padding=1, feature_group_count=2),
+        lambda: bcn_torch.WSConv2d(8, 6, 3, padding=1, groups=2),
+        (2, 5, 6, 8),
+    ),
+    "WSConv3d": (
+        bcn_flax.WSConv(6, (2, 3, 1), padding="VALID", use_bias=False),
+        lambda: bcn_torch.WSConv3d(8, 6, (2, 3, 1), bias=False),
+        (2, 4, 5, 6, 8),
+    ),
+    "WSLinear": (bcn_flax.WSDense(6), lambda: bcn_torch.WSLinear(8, 6), (2, 8)),
+}
+
+
+@pytest.mark.parametrize(("layer", "make_module", "shape"), PAIRS.values(), ids=PAIRS)
+def test_every_layer_moves_both_ways_and_computes_the_same(layer, make_module, shape):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(np.float32)
+    variables = random_variables(layer, x, rng)
+    module = make_module()
+    state_dict = state_dict_from_variables(variables, module.state_dict())
+    module.load_state_dict(state_dict)
+    returned = variables_from_torch(module.state_dict(), jax.eval_shape(lambda: variables))
+    jax.tree.map(np.testing.assert_array_equal, returned, variables)
+
+    flax_output, _ = layer.apply(variables, x, mutable=["batch_stats"])
+    torch_output = layout.to_flax(module(layout.to_torch(x)))
+    # Some 50 products are summed, of weights up to 2 standard deviations.
+    assert_close(flax_output, torch_output, ulps=64, dtype=np.float32)
+
+
+@pytest.mark.parametrize("ws", [True, False])
+@pytest.mark.parametrize("norm", ["bcn", "bn", "gn", "none"])
+def test_both_networks_have_the_same_parameters(norm, ws):
+    """Names and shapes agree, and so do the logits, in evaluation."""
+    model = VGG(BLOCKS, num_classes=5, norm=norm, ws=ws, num_groups=4)
+    twin = bcn_torch.VGG(BLOCKS, num_classes=5, norm=norm, ws=ws, groups=4).eval()
+    variables = random_variables(model, IMAGES, np.random.default_rng(1), train=False)
+    twin.load_state_dict(state_dict_from_variables(variables, twin.state_dict()))
+    expected = twin(layout.to_torch(IMAGES)).detach().numpy()
+    logits = model.apply(variables, IMAGES, train=False)
+    assert_close(logits, expected, ulps=512, dtype=np.float32)  # three layers of 72 products
+
+
+def test_the_published_networks_have_the_same_parameters():
+    state_dict = bcn_torch.VGG().state_dict()
+    images = jnp.ones((1, 32, 32, 3))
+    like = jax.eval_shape(lambda: VGG().init(jax.random.key(0), images, train=False))
+    variables = variables_from_torch(state_dict, like)
+    returned = state_dict_from_variables(variables, state_dict)
+    assert list(returned) != []
+    for name, tensor in state_dict.items():
+        assert torch.equal(returned[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_values_take_the_type_they_move_into(dtype):
+    layer, make_module, shape = PAIRS["WSLinear"]
+    module = make_module().to(dtype)
+    like = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.ones(shape)))
+    variables = variables_from_torch(module.state_dict(), like)
+    assert variables["params"]["kernel"].dtype == jnp.float32
+    returned = state_dict_from_variables(variables, module.state_dict())
+    assert returned["weight"].dtype == dtype
+    if dtype != torch.float64:  # which float32 rounded on the way
+        assert torch.equal(returned["weight"], module.weight)
+
+
+def test_bfloat16_parameters_move_too():
+    layer, make_module, shape = PAIRS["WSLinear"]
+    layer = layer.clone(param_dtype=jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), jnp.ones(shape))
+    module = make_module()
+    module.load_state_dict(state_dict_from_variables(variables, module.state_dict()))
+    kernel = np.asarray(variables["params"]["kernel"]).astype(np.float32)
+    assert variables["params"]["kernel"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(module.weight.detach().numpy().T, kernel)
+
+
+def broken_state_dict():
+    """Of a small network, with one key missing, one too many, and one of another shape."""
+    state_dict = bcn_torch.VGG(((8,),), groups=4).state_dict()
+    del state_dict["layers.1.channel_norm.scale"]
+    state_dict["layers.7.weight"] = torch.ones(3)
+    state_dict["fc.weight"] = torch.ones(8, 10)
+    return state_dict
+
+
+COMPLAINT = (
+    "The state_dict and the Flax variables must match, tensor by tensor, but:\n"
+    "  misshapen: fc.weight is (8, 10), but Flax's params/fc/kernel of shape (8, 10) needs "
+    "(10, 8)\n"
+    "  missing: layers.1.channel_norm.scale or layers.1.channel_norm.weight, for Flax's "
+    "params/layers_1/channel_norm/scale\n"
+    "  unexpected: layers.7.weight, which has no counterpart in Flax\n"
+    "Build both models with the same configuration, or rename the keys."
+)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda variables: variables_from_torch(broken_state_dict(), variables),
+        lambda variables: state_dict_from_variables(variables, broken_state_dict()),
+    ],
+    ids=["from_torch", "to_torch"],
+)
+def test_whatever_does_not_match_is_listed(convert):
+    variables = VGG(((8,),), num_groups=4).init(jax.random.key(0), IMAGES, train=False)
+    with pytest.raises(ValueError, match="tensor by tensor") as caught:
+        convert(variables)
+    assert sorted(str(caught.value).splitlines()) == sorted(COMPLAINT.splitlines())

@@ -1,0 +1,102 @@
+"""The error stays within a few roundings of the data, however far the mean is from 0."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from bcn_flax import BatchChannelNorm, BatchNorm, ChannelNorm
+from bcn_flax.affine import moments
+from parity_tests import oracle
+from parity_tests.tolerances import assert_close, eps
+
+SHAPES = [(2, 4, 4, 16), (3, 33, 35, 8), (2, 96, 96, 8), (64, 32), (2, 5, 6, 7, 8)]
+RATIOS = [0, 1, 10, 100, 1e3, 1e4]
+BOUND = 32  # ulps of (1 + |mean| / std): the rounding of x alone is worth half of one
+
+
+def data(shape, ratio, kind="normal"):
+    """Float32 data with standard deviation 1 and mean `ratio` in each channel of each sample."""
+    z = np.random.default_rng(0).standard_normal(shape)
+    space = tuple(range(1, len(shape) - 1))
+    if kind == "outlier":
+        z[:, 0] += 1000
+    if space:
+        z = (z - z.mean(space, keepdims=True)) / z.std(space, keepdims=True)
+    return (z + ratio).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["normal", "outlier"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_moments_are_within_the_bound(shape, kind):
+    measure = jax.jit(moments)
+    for ratio in RATIOS:
+        x = data(shape, ratio, kind)
+        m, exact = measure(x), x.astype(np.float64)
+        space = tuple(range(1, x.ndim - 1))
+        for name in ("mean", "var"):
+            expected = getattr(exact, name)(space)
+            actual = getattr(m, name)
+            assert_close(actual, expected, ulps=BOUND, dtype=np.float32, scale=1 + ratio, name=name)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("layer", "exact"),
+    [
+        (BatchNorm(use_running_average=False), lambda: oracle.BatchNorm(estimate=False)),
+        (ChannelNorm(4), lambda: oracle.ChannelNorm(4)),
+        *(
+            (
+                BatchChannelNorm(num_groups=4, use_running_average=False, estimate=estimate),
+                lambda estimate=estimate: oracle.BatchChannelNorm(4, estimate),
+            )
+            for estimate in (True, False)
+        ),
+    ],
+    ids=["batch_norm", "channel_norm", "estimated", "batch"],
+)
+def test_layers_are_within_the_bound(layer, exact, shape):
+    forward = jax.jit(lambda x: layer.init_with_output(jax.random.key(0), x)[0])
+    for ratio in RATIOS:
+        x = data(shape, ratio)
+        expected = exact().forward(x.astype(np.float64))
+        # Results beyond 4 standard deviations are rounded themselves in proportion.
+        scale = (1 + ratio) * max(1, np.abs(expected).max() / 4)
+        assert_close(
+            forward(x), expected, ulps=BOUND, dtype=np.float32, scale=scale, name=f"mean {ratio}"
+        )
+
+
+@pytest.mark.parametrize("ratio", [1e6, 1e8])
+def test_output_is_finite_where_float32_cannot_tell_the_values_apart(ratio):
+    x = data((4, 16, 16, 8), ratio)
+    for estimate in (True, False):
+        layer = BatchChannelNorm(num_groups=4, use_running_average=False, estimate=estimate)
+        variables = layer.init(jax.random.key(0), x)
+
+        def loss(x, layer=layer, variables=variables):
+            y, _ = layer.apply(variables, x, mutable=["batch_stats"])
+            return jnp.sum(y**2)
+
+        value, gradient = jax.value_and_grad(loss)(x)
+        assert np.isfinite(value)
+        assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
+def test_half_precision_is_rounded_once(dtype):
+    """Within one rounding of the exact result for the very same input: all else is float32."""
+    x = data((4, 8, 8, 16), 3).astype(dtype)
+    layer = BatchChannelNorm(num_groups=4, use_running_average=False, dtype=dtype)
+    y, variables = layer.init_with_output(jax.random.key(0), x)
+    assert y.dtype == dtype
+    _, updates = layer.apply(variables, x, mutable=["batch_stats"])
+    exact = oracle.BatchChannelNorm(4, estimate=True)
+    expected = exact.forward(x.astype(np.float64))
+    error = np.abs(np.asarray(y, np.float64) - expected)
+    assert (error <= eps(dtype) * np.maximum(np.abs(expected), 2**-6)).all()
+    for name, value in updates["batch_stats"]["batch_norm"].items():
+        assert value.dtype == np.float32
+        assert_close(value, getattr(exact.batch_norm, name), ulps=8, dtype=np.float32, name=name)

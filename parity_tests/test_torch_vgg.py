@@ -1,0 +1,98 @@
+"""The PyTorch VGG is the network of the annotated implementation, and trains."""
+
+import pytest
+import torch
+from torch import nn
+
+from bcn_torch import VGG, BatchChannelNorm, BatchNorm, EstimatedBatchNorm, WSConv2d
+
+pytestmark = pytest.mark.torch
+
+PUBLISHED = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+SMALL = ((8,), (16, 16))
+NORMS = {"bcn": BatchChannelNorm, "bn": BatchNorm, "gn": nn.GroupNorm}
+
+
+def published_shapes():
+    """Names and shapes in a checkpoint of the annotated implementation."""
+    shapes, index, last = {}, 0, 3
+    for block in PUBLISHED:
+        for channels in block:
+            shapes[f"layers.{index}.weight"] = (channels, last, 3, 3)
+            shapes[f"layers.{index}.bias"] = (channels,)
+            for name in ("scale", "shift", "exp_mean", "exp_var"):
+                shapes[f"layers.{index + 1}.batch_norm.{name}"] = (channels,)
+            for name in ("scale", "shift"):
+                shapes[f"layers.{index + 1}.channel_norm.{name}"] = (32,)
+            index, last = index + 3, channels  # convolution, norm, ReLU
+        index += 1  # pool
+    return {**shapes, "fc.weight": (10, 512), "fc.bias": (10,)}
+
+
+def test_by_default_it_loads_a_checkpoint_of_the_annotated_implementation():
+    with torch.device("meta"):
+        model = VGG()
+        checkpoint = {name: torch.empty(shape) for name, shape in published_shapes().items()}
+    assert [*model.state_dict()] == [*checkpoint]
+    model.load_state_dict(checkpoint, strict=True, assign=True)
+    convolutions = 9 * sum(
+        a * b for a, b in zip([3, *sum(PUBLISHED, ())], sum(PUBLISHED, ()), strict=False)
+    )
+    channels, norms = sum(sum(PUBLISHED, ())), 13
+    # A bias, a scale and a shift for each channel; a scale and a shift for each group.
+    parameters = convolutions + 3 * channels + 2 * 32 * norms + 512 * 10 + 10
+    assert sum(p.numel() for p in model.parameters()) == parameters == 14_729_098
+
+
+@pytest.mark.parametrize("ws", [True, False])
+@pytest.mark.parametrize("norm", ["bcn", "bn", "gn", "none"])
+def test_each_norm_and_kind_of_convolution_is_where_it_should_be(norm, ws):
+    model = VGG(SMALL, norm=norm, ws=ws, groups=4, eps=1e-3)
+    conv = WSConv2d if ws else nn.Conv2d
+    unit = [conv, NORMS[norm], nn.ReLU] if norm in NORMS else [conv, nn.ReLU]
+    assert [type(layer) for layer in model.layers] == [
+        *unit, nn.MaxPool2d, *unit, *unit, nn.MaxPool2d,
+    ]  # fmt: skip
+    assert all(m.eps == 1e-3 for m in model.modules() if hasattr(m, "eps"))
+
+
+def test_the_arguments_reach_every_norm():
+    model = VGG(SMALL, groups=4, eps=1e-3, momentum=0.3, estimate=False)
+    norms = [m for m in model.modules() if isinstance(m, BatchChannelNorm)]
+    assert len(norms) == 3
+    for norm in norms:
+        assert type(norm.batch_norm) is BatchNorm
+        assert (norm.batch_norm.eps, norm.channel_norm.eps) == (1e-3, 1e-3)
+        assert (norm.batch_norm.momentum, norm.channel_norm.groups) == (0.3, 4)
+    assert type(VGG(SMALL, groups=4).layers[1].batch_norm) is EstimatedBatchNorm
+    assert VGG(SMALL, norm="bn", momentum=0.3).layers[1].momentum == 0.3
+
+
+@pytest.mark.parametrize("size", [4, 5, 8, 11])
+def test_the_output_is_the_linear_map_of_the_mean_over_what_space_remains(size):
+    model = VGG(SMALL, in_channels=2, num_classes=7, groups=4).eval()
+    x = torch.randn(3, 2, size, size, generator=torch.Generator().manual_seed(0))
+    features = model.layers(x)
+    assert features.shape == (3, 16, size // 4, size // 4)
+    y = model(x)
+    assert y.shape == (3, 7)
+    assert torch.equal(y, model.fc(features.mean((2, 3))))
+    if size // 4 == 1:
+        assert torch.equal(y, model.fc(features.flatten(1)))
+
+
+@pytest.mark.parametrize("norm", ["bcn", "bn", "gn", "none"])
+def test_a_few_steps_learn_two_images_by_heart(norm):
+    torch.manual_seed(0)
+    model = VGG(SMALL, num_classes=2, norm=norm, ws=norm != "none", groups=4)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    x, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert losses[-1] < 0.1 * losses[0]
