@@ -307,9 +307,12 @@ class _StandardizedKernel(nn.Module):
         value = super().param(name, *args, **kwargs)
         if name != "kernel":
             return value
-        # The kernel of a transposed convolution may have its last two axes exchanged.
+        # The kernel of a transposed convolution may have its last two axes exchanged, and that of
+        # any convolution a mask of zeros and ones.
         axis = -2 if getattr(self, "transpose_kernel", False) else -1
-        return norms.standardize_kernel(value, axis=axis, mask=getattr(self, "mask", None))
+        mask = getattr(self, "mask", None)
+        mask = None if mask is None else jnp.asarray(mask) != 0
+        return norms.standardize_kernel(value, axis=axis, mask=mask)
 
 
 class WSConv(_StandardizedKernel, nn.Conv):
@@ -343,6 +346,7 @@ def _normalize(
     affine: Callable[[Moments], Affine],
 ) -> Array:
     """Measure `x`, and apply what `affine` makes of its moments."""
+    x = jnp.asarray(x)
     checks.float_input(x.dtype)
     checks.feature_axis(x.shape, layer.axis)
     checks.not_empty(x.shape)

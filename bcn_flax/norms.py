@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bcn_flax import checks
 from bcn_flax.affine import (
@@ -84,7 +84,7 @@ def standardize_kernel(
     kernel: Float[Array, "*fan_in c"],
     epsilon: float = 1e-5,
     axis: int = -1,
-    mask: Array | None = None,
+    mask: Bool[Array, "*fan_in c"] | None = None,
 ) -> Float[Array, "*fan_in c"]:
     """Weight standardization: give the weights of each output channel mean 0 and variance 1.
 

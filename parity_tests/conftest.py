@@ -5,6 +5,10 @@ from pathlib import Path
 import jax
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+# The shapes in the annotations are checked at every call.
+install_import_hook(["bcn_flax.affine", "bcn_flax.norms"], "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -202,3 +202,12 @@ def test_x_is_read_once_for_its_moments_and_once_to_be_mapped():
         if equation.primitive is lax.reduce_sum_p and equation.invars[0].aval.size >= x.size
     ]
     assert len(reductions) == 2, "the first and the second moment around the pivot"
+
+
+def test_numpy_input_is_taken_as_jax_would_take_it():
+    """In float64 too, which JAX makes float32 unless told otherwise."""
+    x = np.asarray(data(), np.float64)
+    layer = BatchChannelNorm(num_groups=2, use_running_average=False)
+    y, _ = layer.init_with_output(jax.random.key(0), x)
+    assert y.dtype == jnp.float32
+    np.testing.assert_array_equal(y, layer.init_with_output(jax.random.key(0), data())[0])
