@@ -7,6 +7,8 @@ Reading twice and writing once, forward, and reading four times and writing once
 least a layer like this can do: 4 copies.
 """
 
+from timing import interleaved, report  # isort: skip  # sets up the environment, so it comes first
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,7 +21,6 @@ from flax import linen as nn
 
 import bcn_torch
 from bcn_flax import BatchChannelNorm
-from timing import interleaved, report
 
 SHAPES = [(32, 32, 32, 64), (4, 64, 64, 128), (64, 4, 4, 512)]
 GROUPS = 32

@@ -1,5 +1,6 @@
-"""Time contenders side by side: in turn, many rounds, so that a drifting machine hits them alike."""
+"""Time contenders in turn, many rounds, so that a drifting machine hits them alike."""
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +11,11 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+# PyTorch's idle threads would otherwise spin for a while on the cores of whoever runs next. To be
+# set before PyTorch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -39,8 +45,6 @@ def machine() -> str:
 
 def cpu_name() -> str:
     """What the processor calls itself, and how many of its cores we have."""
-    import os
-
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -1,11 +1,15 @@
 """How every test runs: strict about ranks, float64 at hand, eight devices to spread over."""
 
+import os
 from pathlib import Path
 
 import jax
 import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+# The tests run in several processes, whose threads would stand in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The shapes in the annotations are checked at every call.
 install_import_hook(["bcn_flax.affine", "bcn_flax.norms"], "beartype.beartype")
