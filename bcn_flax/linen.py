@@ -18,7 +18,45 @@ from bcn_flax import checks, norms
 from bcn_flax.affine import Affine, Moments, apply, chain, moments, push, widen
 
 
-class BatchNorm(nn.Module):
+class _WithRunningAverages(nn.Module):
+    """What layers with running averages share: the arguments of `nn.BatchNorm`, and the call."""
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+    axis_name: str | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
+
+    def __call__(
+        self,
+        x: Float[Array, "n *space c"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "n *space c"]:
+        """Normalize `x`; `mask` is true at the values that count in the moments.
+
+        Raises:
+            ValueError: bad input or arguments, or nobody said whether to use the running averages.
+        """
+        evaluate = checks.running_average_flag(
+            type(self).__name__, self.use_running_average, use_running_average
+        )
+        return _normalize(self, x, mask, lambda m: self.affine(m, evaluate))
+
+    def affine(self, m: Moments, use_running_average: bool) -> Affine:
+        """The map to apply to an input with moments `m`; in training, update the statistics."""
+        raise NotImplementedError
+
+
+class BatchNorm(_WithRunningAverages):
     """Batch normalization, as `flax.linen.BatchNorm`, accurate at any mean and exact under a mask.
 
     In training it standardizes each channel by the mean and the biased variance of the batch, and
@@ -56,37 +94,7 @@ class BatchNorm(nn.Module):
     Source: Ioffe and Szegedy, "Batch Normalization", arXiv 1502.03167.
     """
 
-    use_running_average: bool | None = None
-    axis: int = -1
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = initializers.zeros
-    scale_init: Initializer = initializers.ones
-    axis_name: str | None = None
-    axis_index_groups: Sequence[Sequence[int]] | None = None
-
     _estimate: ClassVar[bool] = False
-
-    def __call__(
-        self,
-        x: Float[Array, "n *space c"],
-        use_running_average: bool | None = None,
-        *,
-        mask: Bool[Array, "..."] | None = None,
-    ) -> Float[Array, "n *space c"]:
-        """Normalize `x`; `mask` is true at the values that count in the moments.
-
-        Raises:
-            ValueError: bad input, or nobody said whether to use the running averages.
-        """
-        evaluate = checks.running_average_flag(
-            type(self).__name__, self.use_running_average, use_running_average
-        )
-        return _normalize(self, x, mask, lambda m: self.affine(m, evaluate))
 
     @nn.compact
     def affine(self, m: Moments, use_running_average: bool) -> Affine:
@@ -195,7 +203,7 @@ class ChannelNorm(nn.Module):
         return norms.channel_norm(m, _learned(self, groups), self.epsilon)
 
 
-class BatchChannelNorm(nn.Module):
+class BatchChannelNorm(_WithRunningAverages):
     """Batch-channel normalization: a batch norm, then a channel norm, at the cost of one.
 
     The batch norm keeps channels from collapsing, which a channel norm alone cannot; the channel
@@ -238,39 +246,9 @@ class BatchChannelNorm(nn.Module):
     Standardization", arXiv 1903.10520.
     """
 
-    use_running_average: bool | None = None
-    axis: int = -1
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = initializers.zeros
-    scale_init: Initializer = initializers.ones
-    axis_name: str | None = None
-    axis_index_groups: Sequence[Sequence[int]] | None = None
     num_groups: int | None = 32
     group_size: int | None = None
     estimate: bool = True
-
-    def __call__(
-        self,
-        x: Float[Array, "n *space c"],
-        use_running_average: bool | None = None,
-        *,
-        mask: Bool[Array, "..."] | None = None,
-    ) -> Float[Array, "n *space c"]:
-        """Normalize `x`; `mask` is true at the values that count in the moments.
-
-        Raises:
-            ValueError: bad input, groups that do not divide the channels, or nobody said whether to
-                use the running averages.
-        """
-        evaluate = checks.running_average_flag(
-            type(self).__name__, self.use_running_average, use_running_average
-        )
-        return _normalize(self, x, mask, lambda m: self.affine(m, evaluate))
 
     @nn.compact
     def affine(self, m: Moments, use_running_average: bool) -> Affine:
@@ -340,7 +318,7 @@ class WSDense(_StandardizedKernel, nn.Dense):
 
 
 def _normalize(
-    layer: BatchNorm | ChannelNorm | BatchChannelNorm,
+    layer: _WithRunningAverages | ChannelNorm,
     x: Array,
     mask: Array | None,
     affine: Callable[[Moments], Affine],
