@@ -106,6 +106,8 @@ def test_without_frozen_statistics_gradient_checkpointing_moves_them_twice(estim
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
+# PyTorch's own inductor uses what PyTorch has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
 @estimate_or_batch
 def test_compiled_into_one_graph_it_trains_and_collects_statistics_as_before(estimate, backend):
