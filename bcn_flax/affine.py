@@ -29,12 +29,12 @@ class Moments(NamedTuple):
     """Mean and (biased) variance of each channel of each sample.
 
     `size` is the number of values they were taken of, and so their weight when they are pooled: a
-    plain number where it is the same for all.
+    plain integer where it is the same for all.
     """
 
     mean: Float[Array, "n c"]
     var: Float[Array, "n c"]
-    size: Float[Array, "n c"] | float = 1.0
+    size: Float[Array, "n c"] | int = 1
 
 
 class Affine(NamedTuple):
@@ -61,22 +61,23 @@ def moments(
     The second moment is taken around a pivot `p`, `E[(x - p)^2] - E[x - p]^2`: any `p` is exact on
     paper and has the exact derivatives, and one near the data keeps the digits that
     `E[x^2] - E[x]^2` loses when the mean is large. Here `p` is the mean of a coarse grid of each
-    channel's values. Being the mean of a fraction `r` of them, it lies within `sqrt(1/r - 1)`
-    standard deviations of their mean, wherever the outliers are.
+    channel's values, one in 64 or more. So it lies within `sqrt(64 - 1)` standard deviations of the
+    mean of them all, wherever the outliers are, and the difference loses 6 bits at the very worst.
 
     Args:
         x: any number of space axes, none included; the first axis counts samples.
         axis: the channel axis.
-        mask: true where a value counts; one axis for each of `x`'s, of the same length or 1.
+        mask: true where a value counts; one axis for each of `x`'s, of the same length or 1. The
+            pivot is then the mean itself, at the cost of one more pass over `x`.
 
     Returns:
         Moments in float32, or wider where `x` is. Mean and variance are 0 where nothing counts.
     """
     space = tuple(i for i in range(1, x.ndim) if i != axis % x.ndim)
     x = widen(x)
-    size: Array | float
+    size: Array | int
     if mask is None:
-        size = float(math.prod(x.shape[i] for i in space))
+        size = math.prod(x.shape[i] for i in space)
         pivot = jnp.mean(_coarse_grid(x, space), space, keepdims=True)
     else:
         # A masked value may be anything, NaN included: it is replaced before any arithmetic.
@@ -96,7 +97,7 @@ def moments(
     return Moments(
         mean.reshape(n, c),
         var.reshape(n, c),
-        size if isinstance(size, float) else size.reshape(n, c),
+        size if mask is None else jnp.reshape(size, (n, c)),
     )
 
 
@@ -112,11 +113,11 @@ def pool_batch(
         unequal masks are exact. Mean and variance are 0 where nothing counts.
     """
 
-    def total(values: Array) -> Array:
-        values = jnp.sum(values, axis=0, keepdims=True)
+    def total(*values: Array) -> list[Array]:
+        sums = [jnp.sum(v, axis=0, keepdims=True) for v in values]
         if axis_name is None:
-            return values
-        return lax.psum(values, axis_name, axis_index_groups=axis_index_groups)
+            return sums
+        return lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
 
     return _pool(m, total)
 
@@ -127,11 +128,10 @@ def pool_groups(m: Moments, num_groups: int) -> Moments:
     def split(values: Array) -> Array:
         return values.reshape(values.shape[0], num_groups, -1)
 
-    size = jnp.broadcast_to(m.size, m.mean.shape)
-    pooled = _pool(
-        Moments(split(m.mean), split(m.var), split(size)),
-        lambda values: jnp.sum(values, axis=-1, keepdims=True),
-    )
+    def total(*values: Array) -> list[Array]:
+        return [jnp.sum(v, axis=-1, keepdims=True) for v in values]
+
+    pooled = _pool(Moments(split(m.mean), split(m.var), split(_weight(m))), total)
     return jax.tree.map(lambda values: values[..., 0], pooled)
 
 
@@ -171,30 +171,37 @@ def apply(
     return (scale * x + offset).astype(dtype or x.dtype)
 
 
-def _pool(m: Moments, total: Callable[[Array], Array]) -> Moments:
+def _pool(m: Moments, total: Callable[..., list[Array]]) -> Moments:
     """The law of total variance, `Var = E[var] + Var[mean]`: a sum of positive terms only.
 
-    `total` adds up whatever is to be pooled, keeping the axis.
+    `total` adds up, in each of the arrays that it is given, whatever is to be pooled.
     """
-    weight = jnp.broadcast_to(m.size, m.mean.shape)
-    size = total(weight)
-    share = weight / jnp.maximum(size, 1)
-    mean = total(share * m.mean)
-    var = total(share * (m.var + jnp.square(m.mean - mean)))
-    return Moments(mean, var, size)
+    weight = _weight(m)
+    size, weighted = total(weight, weight * m.mean)
+    mean = weighted / jnp.maximum(size, 1)
+    (weighted,) = total(weight * (m.var + jnp.square(m.mean - mean)))
+    return Moments(mean, weighted / jnp.maximum(size, 1), size)
 
 
-def _coarse_grid(x: Array, space: Sequence[int], points: int = 64) -> Array:
-    """Up to about `points` values of each channel, evenly spread over the space axes."""
-    per_axis = round(points ** (1 / max(len(space), 1)))
-    strides = [-(-d // per_axis) if i in space else 1 for i, d in enumerate(x.shape)]
+def _weight(m: Moments) -> Array:
+    """The size of each of the moments, in their own precision."""
+    return jnp.broadcast_to(jnp.asarray(m.size, m.mean.dtype), m.mean.shape)
+
+
+def _coarse_grid(x: Array, space: Sequence[int]) -> Array:
+    """Of each channel at least 64 values, if it has them, and 1 in 64, evenly spread."""
+    spacing = round(64 ** (1 / max(len(space), 1)))
+    strides = [1] * x.ndim
+    for i in space:
+        if isinstance(x.shape[i], int):  # and not symbolic, as in an export for any size
+            strides[i] = min(spacing, -(-x.shape[i] // spacing))
     # Begin in the middle of the first cell: the very edge of an image is often unlike the rest.
     return lax.slice(x, [stride // 2 for stride in strides], x.shape, strides)
 
 
 def _not_negative(var: Array) -> Array:
     """Clamp at 0 what rounding made negative, leaving every derivative as it is."""
-    return var + lax.stop_gradient(jnp.maximum(var, 0) - var)
+    return var + lax.stop_gradient(jnp.maximum(-var, 0))
 
 
 def _like(values: Array, x: Array, axis: int) -> Array:

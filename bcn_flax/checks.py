@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -23,6 +24,11 @@ def float_input(dtype: DTypeLike) -> None:
 def feature_axis(shape: Sequence[int], axis: int) -> None:
     """The input has a batch axis, which comes first, and another one that counts channels."""
     rank = len(shape)
+    if not isinstance(axis, int):
+        raise ValueError(
+            f"The channel axis must be one integer, but axis={axis!r}. Merge several channel axes "
+            "into one with a reshape."
+        )
     if rank < 2:
         raise ValueError(
             "The input must have a batch axis and a channel axis, (n, *space, c), but its shape is "
@@ -106,8 +112,11 @@ def running_average_flag(layer: str, attribute: bool | None, argument: bool | No
 
 
 def momentum(value: float) -> None:
-    """A moving average weighs the old value by a number from 0 to 1."""
-    if not 0 <= value <= 1:
+    """A moving average weighs the old value by a number from 0 to 1.
+
+    A traced number, as of a schedule inside `jit`, is not known yet, and passes.
+    """
+    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
         raise ValueError(
             "momentum is the weight of the old running average and must be from 0 to 1, but "
             f"momentum={value}. A PyTorch momentum m is 1 - m here: 0.1 there is 0.9 here."
@@ -122,27 +131,34 @@ def epsilon(value: float) -> None:
         )
 
 
-def several_values(samples: int, values: object) -> None:
+def several_values(samples: object, values: object) -> None:
     """The variance of a single value is 0, and says nothing.
 
-    Only where the number of values of each sample is known: a mask may depend on the data.
+    Only where both numbers are known: a mask may depend on the data, and a shape may be symbolic.
     """
-    if isinstance(values, float) and samples * values == 1:
+    if isinstance(samples, int) and isinstance(values, int) and samples * values == 1:
         warnings.warn(
             "The batch has a single value per channel (1 sample without space axes, or of size 1), "
-            "so its variance is 0 and a batch norm in training learns nothing from it. Use a "
-            "larger batch, or evaluate with use_running_average=True.",
+            "so its variance is 0, which estimates nothing. Train with a larger batch, or evaluate "
+            "with use_running_average=True.",
             stacklevel=2,
         )
 
 
 def fan_in(shape: Sequence[int], axis: int) -> None:
     """Weight standardization needs two weights or more for each output channel."""
-    if math.prod(shape) == shape[axis]:
+    rank = len(shape)
+    if rank < 2 or not -rank <= axis < rank:
+        raise ValueError(
+            "A kernel to standardize must have an output channel axis and another one, but its "
+            f"shape is {tuple(shape)} and axis={axis}."
+        )
+    weights = math.prod(d for i, d in enumerate(shape) if i != axis % rank)
+    if weights < 2:
         raise ValueError(
             "Weight standardization needs at least 2 weights per output channel (fan-in), but a "
-            f"kernel of shape {tuple(shape)} has 1. Use the layer without weight standardization "
-            "here."
+            f"kernel of shape {tuple(shape)} has {weights}. Use the layer without weight "
+            "standardization here."
         )
 
 

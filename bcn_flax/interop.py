@@ -4,13 +4,15 @@ PyTorch's names and layouts follow from Flax's by rule:
 
 | Flax                              | PyTorch                                         |
 |-----------------------------------|-------------------------------------------------|
-| module path `layers_0/batch_norm` | `layers.0.batch_norm`                           |
+| module path `layers_0/batch_norm` | `layers.0.batch_norm`, or as it is              |
 | `kernel`, `(*window, in, out)`    | `weight`, `(out, in, *window)`                  |
 | `scale`                           | `scale` (`bcn_torch`), `weight` (`torch.nn`)    |
 | `bias`                            | `shift` (norms of `bcn_torch`), `bias`          |
 | `batch_stats`: `mean`, `var`      | `exp_mean`, `exp_var`                           |
 
-PyTorch itself is not imported: its tensors convert themselves.
+Names do not tell a transposed convolution from another, nor a dense layer that follows a flatten of
+several pixels: neither converts rightly by these rules. PyTorch itself is not imported: its tensors
+convert themselves.
 """
 
 import re
@@ -19,6 +21,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 _TORCH_NAMES = {
@@ -51,7 +54,7 @@ def variables_from_torch(state_dict: Mapping[str, Any], like: Mapping[str, Any])
     Raises:
         ValueError: a key is missing, unexpected or misshapen; the message lists all of them.
     """
-    leaves = flatten_dict(like)
+    leaves = flatten_dict(meta.unbox(like))
     keys = _match(leaves, state_dict)
     return unflatten_dict(
         {
@@ -79,7 +82,7 @@ def state_dict_from_variables(
     Raises:
         ValueError: a key is missing, unexpected or misshapen; the message lists all of them.
     """
-    leaves = flatten_dict(variables)
+    leaves = flatten_dict(meta.unbox(variables))
     keys = _match(leaves, like)
     return {
         key: like[key].new_tensor(_torch_layout(path, np.asarray(leaves[path], np.float64)))
@@ -119,9 +122,10 @@ def _match(leaves: Mapping[Path, Any], state_dict: Mapping[str, Any]) -> dict[Pa
 def _torch_keys(path: Path) -> list[str]:
     """The names that PyTorch may have for a Flax leaf."""
     collection, *modules, leaf = path
-    modules = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
+    numbered = [re.sub(r"_(\d+)$", r".\1", module) for module in modules]
     names = _TORCH_NAMES.get((collection, leaf), ())
-    return [".".join([*modules, name]) for name in names]
+    prefixes = [numbered] if numbered == modules else [numbered, modules]
+    return [".".join([*prefix, name]) for prefix in prefixes for name in names]
 
 
 def _torch_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from bcn_flax import checks, norms
-from bcn_flax.affine import Affine, Moments, apply, chain, moments, push, widen
+from bcn_flax.affine import Affine, Moments, chain, push, widen
 
 
 class _WithRunningAverages(nn.Module):
@@ -57,7 +57,7 @@ class _WithRunningAverages(nn.Module):
 
 
 class BatchNorm(_WithRunningAverages):
-    """Batch normalization, as `flax.linen.BatchNorm`, accurate at any mean and exact under a mask.
+    """Batch normalization, as `flax.linen.BatchNorm`, accurate at large means, exact under masks.
 
     In training it standardizes each channel by the mean and the biased variance of the batch, and
     moves the running averages towards them; in evaluation, by the running averages:
@@ -81,14 +81,15 @@ class BatchNorm(_WithRunningAverages):
         axis: the channel axis. The first axis is the batch's.
         momentum: the weight of the old running average.
         epsilon: added to the variance, inside the root.
-        dtype: of the result; by default what the input and the parameters promote to.
+        dtype: of the result; by default what the input and the parameters, if any, promote to.
         param_dtype: of the parameters.
         use_bias: whether to learn a bias.
         use_scale: whether to learn a scale.
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
-        axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
-            Under `jit` with a sharded batch nothing is needed: the batch is pooled whole.
+        axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled. Inside, the
+            input keeps a batch axis, if only of length 1. Under `jit` with a sharded batch nothing
+            is needed: the batch is pooled whole.
         axis_index_groups: groups of devices of that axis which pool among themselves.
 
     Source: Ioffe and Szegedy, "Batch Normalization", arXiv 1502.03167.
@@ -105,7 +106,7 @@ class BatchNorm(_WithRunningAverages):
         dtype = jnp.promote_types(self.param_dtype, jnp.float32)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (channels,), dtype)
-        pooled = running = Moments(mean.value[None], var.value[None])
+        pooled = running = Moments(widen(mean.value)[None], widen(var.value)[None])
         if not use_running_average:
             # While initializing there need be no such axis, and a batch of 1 is no mistake.
             axis_name = None if self.is_initializing() else self.axis_name
@@ -115,7 +116,8 @@ class BatchNorm(_WithRunningAverages):
                 m, running, self.momentum, self._estimate, axis_name, self.axis_index_groups
             )
             if not self.is_initializing():
-                mean.value, var.value = running.mean[0], running.var[0]
+                mean.value = running.mean[0].astype(mean.value.dtype)
+                var.value = running.var[0].astype(var.value.dtype)
         return norms.batch_norm(pooled, _learned(self, channels), self.epsilon)
 
 
@@ -164,7 +166,7 @@ class ChannelNorm(nn.Module):
         group_size: number of channels in a group; set `num_groups=None` to give this instead.
         axis: the channel axis. The first axis is the batch's.
         epsilon: added to the variance, inside the root.
-        dtype: of the result; by default what the input and the parameters promote to.
+        dtype: of the result; by default what the input and the parameters, if any, promote to.
         param_dtype: of the parameters.
         use_bias: whether to learn a bias.
         use_scale: whether to learn a scale.
@@ -204,7 +206,7 @@ class ChannelNorm(nn.Module):
 
 
 class BatchChannelNorm(_WithRunningAverages):
-    """Batch-channel normalization: a batch norm, then a channel norm, at the cost of one.
+    """Batch-channel normalization: a batch norm, then a channel norm, as one affine map.
 
     The batch norm keeps channels from collapsing, which a channel norm alone cannot; the channel
     norm makes it safe to run the batch norm on estimated statistics, so that a batch of one image
@@ -227,15 +229,16 @@ class BatchChannelNorm(_WithRunningAverages):
         axis: the channel axis. The first axis is the batch's.
         momentum: the weight of the old running average.
         epsilon: added to both variances, inside the root.
-        dtype: of the result; by default what the input and the parameters promote to.
+        dtype: of the result; by default what the input and the parameters, if any, promote to.
         param_dtype: of the parameters.
         use_bias: whether to learn biases, in both norms.
         use_scale: whether to learn scales, in both norms.
         bias_init: initializer of the channel norm's bias; the batch norm's starts at 0.
         scale_init: initializer of the channel norm's scale; the batch norm's starts at 1. Zeros
             make a residual branch start as the identity.
-        axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
-            Under `jit` with a sharded batch nothing is needed: the batch is pooled whole.
+        axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled. Inside, the
+            input keeps a batch axis, if only of length 1. Under `jit` with a sharded batch nothing
+            is needed: the batch is pooled whole.
         axis_index_groups: groups of devices of that axis which pool among themselves.
         num_groups: number of groups of consecutive channels.
         group_size: number of channels in a group; set `num_groups=None` to give this instead.
@@ -281,6 +284,7 @@ class BatchChannelNorm(_WithRunningAverages):
 class _StandardizedKernel(nn.Module):
     """Use the parameter `kernel` standardized. What is stored, and trained, is the raw one."""
 
+    @nn.nowrap
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
         value = super().param(name, *args, **kwargs)
         if name != "kernel":
@@ -321,18 +325,21 @@ def _normalize(
     layer: _WithRunningAverages | ChannelNorm,
     x: Array,
     mask: Array | None,
-    affine: Callable[[Moments], Affine],
+    to_affine: Callable[[Moments], Affine],
 ) -> Array:
-    """Measure `x`, and apply what `affine` makes of its moments."""
+    """Check the input, and apply what `to_affine` makes of its moments."""
     x = jnp.asarray(x)
     checks.float_input(x.dtype)
     checks.feature_axis(x.shape, layer.axis)
     checks.not_empty(x.shape)
     if mask is not None:
+        mask = jnp.asarray(mask)
         checks.mask(mask.shape, mask.dtype, x.shape)
-    dtype = layer.dtype or jnp.promote_types(x.dtype, layer.param_dtype)
-    x = widen(x)
-    return apply(affine(moments(x, layer.axis, mask)), x, layer.axis, dtype)
+    dtype = layer.dtype
+    if dtype is None:
+        learns = layer.use_scale or layer.use_bias
+        dtype = jnp.promote_types(x.dtype, layer.param_dtype) if learns else x.dtype
+    return norms.normalize(x, to_affine, layer.axis, mask, dtype)
 
 
 def _learned(layer: BatchNorm | ChannelNorm, size: int) -> Affine:

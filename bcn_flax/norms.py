@@ -4,10 +4,11 @@ Batch norm, estimated batch norm and evaluation differ only in *which* moments t
 the batch's, the running estimates after their update, the running estimates as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from bcn_flax import checks
@@ -25,7 +26,22 @@ from bcn_flax.affine import (
 )
 
 
-def moving_average(running: Moments, batch: Moments, momentum: float) -> Moments:
+def normalize(
+    x: Float[Array, "n *space c"],
+    to_affine: Callable[[Moments], Affine],
+    axis: int,
+    mask: Bool[Array, "..."] | None,
+    dtype: DTypeLike,
+) -> Float[Array, "n *space c"]:
+    """Measure `x`, and apply what `to_affine` makes of its moments."""
+    x = widen(x)
+    if mask is not None:
+        # What hides behind a mask may be anything. Multiplied by a gradient of 0, NaN is still NaN.
+        x = jnp.where(mask | jnp.isfinite(x), x, 0)
+    return apply(to_affine(moments(x, axis, mask)), x, axis, dtype)
+
+
+def moving_average(running: Moments, batch: Moments, momentum: float | Float[Array, ""]) -> Moments:
     """Update the running estimates: `momentum * running + (1 - momentum) * batch`.
 
     The running variance averages the batch's biased variance around the batch's own mean. Estimates
@@ -42,7 +58,7 @@ def moving_average(running: Moments, batch: Moments, momentum: float) -> Moments
 def training_moments(
     m: Moments,
     running: Moments,
-    momentum: float,
+    momentum: float | Float[Array, ""],
     estimate: bool,
     axis_name: str | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,

@@ -2,9 +2,9 @@
 
     python benchmarks/layer.py
 
-A "copy" reads an array of the input's size and writes another; it is the unit of memory traffic.
-Reading twice and writing once, forward, and reading four times and writing once, backward, is the
-least a layer like this can do: 4 copies.
+A "copy" reads an array of the input's size and writes another. A layer like this must read twice
+and write once, forward, and read four times and write once, backward: by memory traffic, 4 copies.
+Caches may do better, and single figures vary by a third from run to run on a shared machine.
 """
 
 from timing import interleaved, report  # isort: skip  # sets up the environment, so it comes first

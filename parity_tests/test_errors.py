@@ -7,8 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import bcn_flax
-from bcn_flax import BatchChannelNorm, BatchNorm, ChannelNorm, EstimatedBatchNorm, WSConv, WSDense
+from bcn_flax import (
+    BatchChannelNorm,
+    BatchNorm,
+    ChannelNorm,
+    EstimatedBatchNorm,
+    WSConv,
+    WSDense,
+    checks,
+)
 from bcn_flax.models import VGG
 
 X = jnp.ones((2, 4, 4, 8))
@@ -53,6 +60,12 @@ def error_of(layer, *args, **kwargs):
             X,
             "The channel axis must be one of 1 to 3, or -3 to -1, for an input of shape "
             "(2, 4, 4, 8), whose axis 0 is the batch, but axis=-4.",
+        ),
+        (
+            train(axis=(2, 3)),
+            X,
+            "The channel axis must be one integer, but axis=(2, 3). Merge several channel axes "
+            "into one with a reshape.",
         ),
         (
             train(),
@@ -209,8 +222,8 @@ def test_a_single_value_per_channel_is_warned_of_in_training_only():
     variables = layer.init(jax.random.key(0), x)  # initializing with one sample is no mistake
     message = (
         "The batch has a single value per channel (1 sample without space axes, or of size 1), so "
-        "its variance is 0 and a batch norm in training learns nothing from it. Use a larger "
-        "batch, or evaluate with use_running_average=True."
+        "its variance is 0, which estimates nothing. Train with a larger batch, or evaluate with "
+        "use_running_average=True."
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
         layer.apply(variables, x, mutable=["batch_stats"])
@@ -218,7 +231,47 @@ def test_a_single_value_per_channel_is_warned_of_in_training_only():
     layer.apply(variables, jnp.ones((2, 8)), mutable=["batch_stats"])
 
 
-def test_standardize_kernel_complains_by_itself():
-    with pytest.raises(ValueError, match=r"kernel of shape \(1, 1, 3\) has 1"):
-        bcn_flax.standardize_kernel(jnp.ones((4, 1, 3))[:1])
-    bcn_flax.standardize_kernel(jnp.ones((2, 1, 3)))
+@pytest.mark.parametrize(
+    ("shape", "axis", "message"),
+    [
+        (
+            (1, 1, 3),
+            -1,
+            "Weight standardization needs at least 2 weights per output channel (fan-in), but a "
+            "kernel of shape (1, 1, 3) has 1. Use the layer without weight standardization here.",
+        ),
+        (
+            (0, 3),
+            -1,
+            "Weight standardization needs at least 2 weights per output channel (fan-in), but a "
+            "kernel of shape (0, 3) has 0. Use the layer without weight standardization here.",
+        ),
+        (
+            (3,),
+            -1,
+            "A kernel to standardize must have an output channel axis and another one, but its "
+            "shape is (3,) and axis=-1.",
+        ),
+        (
+            (3, 4),
+            2,
+            "A kernel to standardize must have an output channel axis and another one, but its "
+            "shape is (3, 4) and axis=2.",
+        ),
+    ],
+)
+def test_standardize_kernel_complains(shape, axis, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        checks.fan_in(shape, axis)
+
+
+def test_a_traced_momentum_passes():
+    """As a schedule gives inside `jit`, where no value can be checked."""
+    variables = train().init(jax.random.key(0), X)
+
+    @jax.jit
+    def mean_after(momentum):
+        updates = train(momentum=momentum).apply(variables, X, mutable=["batch_stats"])[1]
+        return updates["batch_stats"]["batch_norm"]["mean"]
+
+    assert (mean_after(0.75) == 0.25).all()

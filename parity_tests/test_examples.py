@@ -2,6 +2,8 @@
 
 import doctest
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +28,13 @@ def test_docstring_examples_run(name):
 def test_everything_public_is_explained(package):
     module = importlib.import_module(package)
     assert all(getattr(module, name).__doc__ for name in module.__all__)
+
+
+@pytest.mark.torch
+def test_readme_runs_from_top_to_bottom():
+    """But for the excerpt of the source, which is no program."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    programs = [block for block in blocks if not block.startswith("f = batch_norm")]
+    assert len(programs) == len(blocks) - 1 == 3
+    exec("\n".join(programs), {"__name__": "readme"})

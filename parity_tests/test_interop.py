@@ -137,7 +137,8 @@ COMPLAINT = (
     "The state_dict and the Flax variables must match, tensor by tensor, but:\n"
     "  misshapen: fc.weight is (8, 10), but Flax's params/fc/kernel of shape (8, 10) needs "
     "(10, 8)\n"
-    "  missing: layers.1.channel_norm.scale or layers.1.channel_norm.weight, for Flax's "
+    "  missing: layers.1.channel_norm.scale or layers.1.channel_norm.weight or "
+    "layers_1.channel_norm.scale or layers_1.channel_norm.weight, for Flax's "
     "params/layers_1/channel_norm/scale\n"
     "  unexpected: layers.7.weight, which has no counterpart in Flax\n"
     "Build both models with the same configuration, or rename the keys."
@@ -157,3 +158,23 @@ def test_whatever_does_not_match_is_listed(convert):
     with pytest.raises(ValueError, match="tensor by tensor") as caught:
         convert(variables)
     assert sorted(str(caught.value).splitlines()) == sorted(COMPLAINT.splitlines())
+
+
+def test_a_module_name_that_ends_in_a_number_may_be_the_same_in_pytorch():
+    like = {"params": {"fc_1": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}}
+    module = torch.nn.ModuleDict({"fc_1": torch.nn.Linear(3, 2)})
+    variables = variables_from_torch(module.state_dict(), like)
+    np.testing.assert_array_equal(
+        variables["params"]["fc_1"]["kernel"], module["fc_1"].weight.detach().numpy().T
+    )
+
+
+def test_partitioned_variables_move_like_plain_ones():
+    layer = bcn_flax.WSDense(
+        6, kernel_init=nn.with_partitioning(nn.initializers.normal(), (None, "model"))
+    )
+    variables = layer.init(jax.random.key(0), jnp.ones((1, 8)))
+    module = bcn_torch.WSLinear(8, 6)
+    module.load_state_dict(state_dict_from_variables(variables, module.state_dict()))
+    returned = variables_from_torch(module.state_dict(), variables)
+    jax.tree.map(np.testing.assert_array_equal, returned, nn.meta.unbox(variables))

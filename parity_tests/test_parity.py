@@ -83,18 +83,7 @@ SHAPES = [(6, 16), (3, 5, 8), (2, 3, 4, 5, 8), (1, 4, 4, 8), (1, 1, 2, 16), (5, 
 
 CASES = [
     *(Case(estimate=estimate, groups=g) for estimate in (True, False) for g in (1, 2, 4, 8)),
-    *(
-        Case(estimate=estimate, shape=shape)
-        for estimate in (True, False)
-        for shape in [
-            (6, 16),
-            (3, 5, 8),
-            (2, 3, 4, 5, 8),
-            (1, 4, 4, 8),
-            (1, 1, 2, 16),
-            (5, 1, 1, 16),
-        ]
-    ),
+    *(Case(estimate=estimate, shape=shape) for estimate in (True, False) for shape in SHAPES),
     *(Case(estimate=estimate, train=False) for estimate in (True, False)),
     *(Case(estimate=estimate, mean=1e4) for estimate in (True, False)),
     *(Case(estimate=estimate, constant=True) for estimate in (True, False)),

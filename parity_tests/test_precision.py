@@ -11,7 +11,7 @@ from bcn_flax.affine import moments
 from parity_tests import oracle
 from parity_tests.tolerances import assert_close, eps
 
-SHAPES = [(2, 4, 4, 16), (3, 33, 35, 8), (2, 96, 96, 8), (64, 32), (2, 5, 6, 7, 8)]
+SHAPES = [(2, 4, 4, 16), (3, 33, 35, 8), (1, 256, 256, 8), (64, 32), (2, 5, 6, 7, 8)]
 RATIOS = [0, 1, 10, 100, 1e3, 1e4]
 BOUND = 32  # ulps of (1 + |mean| / std): the rounding of x alone is worth half of one
 
@@ -20,14 +20,16 @@ def data(shape, ratio, kind="normal"):
     """Float32 data with standard deviation 1 and mean `ratio` in each channel of each sample."""
     z = np.random.default_rng(0).standard_normal(shape)
     space = tuple(range(1, len(shape) - 1))
-    if kind == "outlier":
-        z[:, 0] += 1000
+    if kind == "first value":  # an outlier just where a careless pivot would be
+        z[:, *(0 for _ in space)] += 1000
+    if kind == "lattice":  # outliers at regular places, as after a strided convolution's transpose
+        z[:, *(slice(d // 16, None, max(1, d // 8)) for d in shape[1:-1])] += 1000
     if space:
         z = (z - z.mean(space, keepdims=True)) / z.std(space, keepdims=True)
     return (z + ratio).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", ["normal", "outlier"])
+@pytest.mark.parametrize("kind", ["normal", "first value", "lattice"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_moments_are_within_the_bound(shape, kind):
     measure = jax.jit(moments)
@@ -100,3 +102,17 @@ def test_half_precision_is_rounded_once(dtype):
     for name, value in updates["batch_stats"]["batch_norm"].items():
         assert value.dtype == np.float32
         assert_close(value, getattr(exact.batch_norm, name), ulps=8, dtype=np.float32, name=name)
+
+
+def test_an_overflowing_variance_is_infinite_and_not_nan():
+    m = moments(jnp.asarray(data((1, 4, 4, 2), 0) * np.float32(1e20)))
+    assert np.isposinf(m.var).all()
+
+
+def test_float32_stays_float32_where_float64_is_enabled(x64):
+    x = jnp.asarray(data((2, 4, 4, 8), 1))
+    layer = BatchChannelNorm(num_groups=4, use_running_average=False)
+    variables = layer.init(jax.random.key(0), x)
+    step = jax.make_jaxpr(lambda v, x: layer.apply(v, x, mutable=["batch_stats"]))
+    assert "f64[2,4,4,8]" not in str(step(variables, x))
+    assert "f32[2,4,4,8]" in str(step(variables, x))

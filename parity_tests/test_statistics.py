@@ -1,12 +1,15 @@
 """When the running estimates move, when they do not, and what type they have."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from flax import linen as nn
+from jax import export, lax
 
-from bcn_flax import BatchChannelNorm, BatchNorm, EstimatedBatchNorm
+from bcn_flax import BatchChannelNorm, BatchNorm, ChannelNorm, EstimatedBatchNorm
 from bcn_flax.affine import Moments
 from bcn_flax.norms import moving_average
 from parity_tests.tolerances import assert_close
@@ -100,20 +103,27 @@ class TestWhenTheyMove:
         )
 
     def test_the_gradient_ignores_what_is_masked(self, layer):
-        """Whatever lies behind the mask, the gradient at the values that count is the same."""
+        """Whatever lies behind the mask, NaN too, the gradients are those without it."""
         x = data()
         variables = layer.init(jax.random.key(0), x)
         mask = jnp.asarray([True, False, True, True]).reshape(4, 1, 1, 1)
 
-        def loss(x, **kwargs):
-            y, _ = layer.apply(variables, x, mutable=["batch_stats"], **kwargs)
+        def loss(params, x, **kwargs):
+            now = {**variables, "params": params}
+            y, _ = layer.apply(now, x, mutable=["batch_stats"], **kwargs)
             kept = jnp.where(mask, y, 0) if kwargs else y
             return jnp.sum(jnp.sin(kept))
 
+        gradients = jax.grad(loss, argnums=(0, 1))
         kept = jnp.asarray([0, 2, 3])
-        gradient = jax.grad(loss)(x.at[1].set(1e3), mask=mask)[kept]
-        expected = jax.grad(loss)(x[kept])
-        assert_close(gradient, expected, ulps=64, dtype=np.float32, scale=1)
+        in_params, in_x = gradients(variables["params"], x.at[1].set(jnp.nan), mask=mask)
+        expected = gradients(variables["params"], x[kept])
+        # Sums of 60 terms of size 1 at the most.
+        jax.tree.map(
+            lambda a, e: assert_close(a, e, ulps=64, dtype=np.float32, scale=8),
+            (in_params, in_x[kept]),
+            expected,
+        )
 
     def test_with_the_next_batch_the_output_follows(self, layer):
         """Evaluation uses exactly what training stored."""
@@ -166,6 +176,45 @@ def test_scale_and_bias_can_be_left_out():
     np.testing.assert_array_equal(y, full.init_with_output(jax.random.key(0), data())[0])
 
 
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("make", [nn.BatchNorm, BatchNorm])
+def test_the_result_has_the_type_that_flax_gives_it(make, learned):
+    layer = make(use_running_average=False, use_scale=learned, use_bias=learned)
+    y, _ = layer.init_with_output(jax.random.key(0), data().astype(jnp.bfloat16))
+    assert y.dtype == (jnp.float32 if learned else jnp.bfloat16)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("axis", [1, 2, -2])
+@pytest.mark.parametrize("layer", [*LAYERS, ChannelNorm(2)], ids=lambda layer: type(layer).__name__)
+def test_channels_may_lie_along_any_axis_but_the_first(layer, axis, masked):
+    x = data((3, 4, 5, 6))
+    mask = jnp.asarray(np.random.default_rng(0).random((3, 4, 5, 1)) < 0.7)
+    moved = [jnp.moveaxis(a, -1, axis) for a in (x, mask)]
+    variables = layer.init(jax.random.key(0), x)
+    (expected, updates), (y, moved_updates) = (
+        make.apply(variables, x, mask=mask if masked else None, mutable=["batch_stats"])
+        for make, x, mask in [(layer, x, mask), (layer.clone(axis=axis), *moved)]
+    )
+    close = partial(assert_close, ulps=16, dtype=np.float32)
+    close(jnp.moveaxis(y, axis, -1), expected)
+    jax.tree.map(close, moved_updates, updates)
+
+
+def test_the_last_initializers_are_the_channel_norms():
+    layer = BatchChannelNorm(
+        num_groups=2,
+        use_running_average=False,
+        scale_init=nn.initializers.constant(3.0),
+        bias_init=nn.initializers.constant(5.0),
+    )
+    params = layer.init(jax.random.key(0), data())["params"]
+    assert (params["channel_norm"]["scale"] == 3).all()
+    assert (params["channel_norm"]["bias"] == 5).all()
+    assert (params["batch_norm"]["scale"] == 1).all()
+    assert (params["batch_norm"]["bias"] == 0).all()
+
+
 def test_group_size_is_another_way_to_say_num_groups():
     x = data((2, 3, 3, 12))
     by_size = BatchChannelNorm(num_groups=None, group_size=4, use_running_average=False)
@@ -211,3 +260,43 @@ def test_numpy_input_is_taken_as_jax_would_take_it():
     y, _ = layer.init_with_output(jax.random.key(0), x)
     assert y.dtype == jnp.float32
     np.testing.assert_array_equal(y, layer.init_with_output(jax.random.key(0), data())[0])
+
+
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_exports_for_any_batch_and_image_size(evaluate):
+    layer = BatchChannelNorm(num_groups=2, use_running_average=evaluate)
+    variables = layer.init(jax.random.key(0), data())
+
+    def forward(variables, x):
+        return layer.apply(variables, x, mutable=["batch_stats"])
+
+    n, h, w = export.symbolic_shape("n, h, w", constraints=["n >= 2"])
+    shape = jax.ShapeDtypeStruct((n, h, w, 4), jnp.float32)
+    exported = export.export(jax.jit(forward))(variables, shape)
+    for sizes in [(2, 5, 3), (4, 9, 8)]:
+        x = data((*sizes, 4))
+        # Where the size is not known the pivot is the mean itself: a few roundings.
+        jax.tree.map(
+            partial(assert_close, ulps=16, dtype=np.float32),
+            exported.call(variables, x),
+            forward(variables, x),
+        )
+
+
+def test_networks_pass_their_options_on():
+    from bcn_flax.models import VGG
+
+    x = data((2, 4, 4, 3))
+    variables = VGG(((8,),), num_groups=4).init(jax.random.key(0), x, train=True)
+
+    def mean_after(**options):
+        model = VGG(((8,),), num_groups=4, **options)
+        y, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return y, updates["batch_stats"]["layers_1"]["batch_norm"]["mean"]
+
+    y, mean = mean_after()
+    np.testing.assert_allclose(mean_after(momentum=0.5)[1], 5 * mean, rtol=1e-5)
+    assert (mean_after(epsilon=1.0)[0] != y).any()
+    assert mean_after(dtype=jnp.bfloat16)[0].dtype == jnp.bfloat16
+    with pytest.raises(NameError, match="devices"):
+        mean_after(axis_name="devices")
