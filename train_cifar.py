@@ -48,7 +48,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bcn_flax.models import VGG, Norm
 from bcn_flax.training import checks, data
-from bcn_flax.training.data import Split
+from bcn_flax.training.data import Dataset, Split
 from bcn_flax.training.progress import ProgressBar
 from bcn_flax.training.results import Results, new_folder
 
@@ -59,10 +59,7 @@ Schedule = Literal["constant", "cosine"]
 
 @dataclass(frozen=True)
 class Config:
-    """Train a VGG with weight standardization and batch-channel normalization.
-
-    Where the default is None, the data set decides: see RECIPES in the script.
-    """
+    """What the command line says. Where it says None, the data set decides, by its recipe."""
 
     dataset: DatasetName = "digits"
     """What to train on; digits needs no download."""
@@ -81,22 +78,24 @@ class Config:
     """Whether bcn normalizes by running averages in training, as micro-batches need, or by the
     batch."""
     groups: int | None = None
-    """Number of channel groups, of bcn and gn."""
+    """Number of channel groups, of bcn and gn; by default 16 for digits, 32 for cifar10."""
     norm_momentum: float | None = None
-    """Weight of the old running average, of bcn and bn; by default as for averages over some 640
-    images, whatever the batch size."""
+    """Weight of the old running average, of bcn and bn; by default 0.95 for digits at batch size
+    32, 0.9 for cifar10 at 64, and fitted to other batch sizes: averages over some 640 images."""
 
     batch_size: int | None = None
-    """Images in a step of training."""
+    """Images in a step of training; by default 32 for digits, 64 for cifar10."""
     epochs: int | None = None
-    """How many times to go through the training images."""
+    """How often to go through the training images; by default 15 for digits, 10 for cifar10."""
     optimizer: Optimizer = "adam"
     """Adam, or stochastic gradient descent with Nesterov momentum 0.9."""
     learning_rate: float | None = None
-    """Of the first step; by default it grows with the batch size: as its root with Adam, in
-    proportion with SGD."""
+    """Of the first step; by default, with Adam, 0.002 for digits at batch size 32, 0.00025 for
+    cifar10 at 64, and otherwise in proportion to the root of the batch size; with SGD, 0.05 at
+    batch size 32, 0.1 at 64, and otherwise in proportion to the batch size."""
     schedule: Schedule | None = None
-    """Keep the learning rate constant, or let it fall to 0 along half a cosine."""
+    """Keep the learning rate constant, or let it fall to 0 along half a cosine; by default
+    cosine for digits, constant for cifar10."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +323,7 @@ def shuffle(state: State, images: int) -> tuple[State, Int[Array, " images"]]:
 
 
 def train_epoch(
-    step: Step, state: State, train: Split, recipe: Recipe, progress: ProgressBar
+    step: Step, state: State, train: Split, recipe: Recipe, norm: Norm, progress: ProgressBar
 ) -> tuple[State, float, float]:
     """Go through the training images once: the state after it, loss and accuracy on the way.
 
@@ -340,8 +339,8 @@ def train_epoch(
         if progress.is_due() or i == steps:
             loss, accuracy = totals.means()
             done = int(state.step)
-            checks.finite_loss(loss, done, recipe.learning_rate)
-            progress.show(-(-done // steps), done, loss, accuracy)
+            checks.finite_loss(loss, done, recipe.learning_rate, norm)
+            progress.show(done, loss, accuracy)
     return state, loss, accuracy
 
 
@@ -353,31 +352,28 @@ def test_epoch(evaluate: Evaluation, state: State, test: Split, size: int) -> tu
     return totals.means()
 
 
-def main(config: Config) -> dict[str, float]:
-    """Train, and return the metrics of the last epoch.
+def load(config: Config) -> Dataset:
+    """The data set to train on.
 
     Raises:
-        TrainingError: a value is out of its range, the data set is absent or damaged, the output
-            folder holds results already, or the loss is not finite.
+        TrainingError: it is absent, unreadable or damaged.
     """
-    recipe = resolve(config)
-    dataset = data.cifar10(config.data_dir) if config.dataset == "cifar10" else data.digits()
-    images = len(dataset.train.labels)
-    checks.batch_size(recipe.batch_size, images)
-    size = min(EVALUATION_BATCH, len(dataset.test.labels))
+    return data.cifar10(config.data_dir) if config.dataset == "cifar10" else data.digits()
 
-    layers = config.norm + "-ws" * config.ws
-    name = f"{config.dataset}-{layers}-batch{recipe.batch_size}-seed{config.seed}"
-    folder = new_folder(config.output, Path("runs") / name)
-    everything = {**vars(config), **vars(recipe), "output": folder}
-    print(*(f"{key:>14}  {value}" for key, value in everything.items()), sep="\n")
-    print(f"{images:,} training and {len(dataset.test.labels):,} held-out images")
 
+def fit(config: Config, recipe: Recipe, dataset: Dataset, results: Results) -> dict[str, float]:
+    """Compile and train: the metrics of the last epoch. Each epoch is added to the results.
+
+    Raises:
+        TrainingError: the loss is not finite, or the output folder cannot be written to any more.
+    """
     started = time.perf_counter()
+    images = len(dataset.train.labels)
+    size = min(EVALUATION_BATCH, len(dataset.test.labels))
     train, test = jax.device_put((dataset.train, data.pad(dataset.test, size)))
     model = make_model(config, recipe)
-    steps = recipe.epochs * (images // recipe.batch_size)
-    optimizer = make_optimizer(config, recipe, steps)
+    steps = images // recipe.batch_size
+    optimizer = make_optimizer(config, recipe, recipe.epochs * steps)
     state = first_state(model, optimizer, train.images, config.seed)
     order = shuffle(state, images)[1]
     # Compiled ahead, so that no epoch's speed has compilation in it.
@@ -385,15 +381,17 @@ def main(config: Config) -> dict[str, float]:
     evaluate = compiled(make_evaluation(model, size), (1,), state, no_totals(), test, state.step)
     print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
 
-    print("epoch    loss  accuracy    held-out loss  accuracy    images/s")
-    with Results(folder, everything) as results, ProgressBar(steps) as progress:
+    print("epoch       loss  accuracy    held-out loss  accuracy    images/s", flush=True)
+    with ProgressBar(steps, recipe.epochs) as progress:
         for epoch in range(1, recipe.epochs + 1):
             started = time.perf_counter()
-            state, train_loss, train_accuracy = train_epoch(step, state, train, recipe, progress)
+            state, train_loss, train_accuracy = train_epoch(
+                step, state, train, recipe, config.norm, progress
+            )
             seconds = time.perf_counter() - started
             test_loss, test_accuracy = test_epoch(evaluate, state, test, size)
-            checks.finite_loss(test_loss, int(state.step), recipe.learning_rate)
-            speed = images // recipe.batch_size * recipe.batch_size / seconds
+            checks.finite_loss(test_loss, int(state.step), recipe.learning_rate, config.norm)
+            speed = steps * recipe.batch_size / seconds
             row = {
                 "epoch": epoch,
                 "train_loss": train_loss,
@@ -405,16 +403,48 @@ def main(config: Config) -> dict[str, float]:
             }
             results.add(row)
             print(
-                f"{epoch:>5}  {train_loss:.4f}  {train_accuracy:>8.2%}  "
-                f"{test_loss:>15.4f}  {test_accuracy:>8.2%}  {speed:>10,.0f}",
+                f"{epoch:>5}  {train_loss:>9.4g}  {train_accuracy:>8.2%}  "
+                f"{test_loss:>15.4g}  {test_accuracy:>8.2%}  {speed:>10,.0f}",
                 flush=True,
             )
-    print(f"results in {folder}")
     return row
 
 
-if __name__ == "__main__":
+def main(config: Config) -> dict[str, float]:
+    """Train, and return the metrics of the last epoch.
+
+    Raises:
+        TrainingError: a value is out of its range, the data set is absent or damaged, the output
+            folder holds results already or cannot be written to, or the loss is not finite.
+    """
+    recipe = resolve(config)
+    dataset = load(config)
+    images = len(dataset.train.labels)
+    checks.batch_size(recipe.batch_size, images)
+
+    layers = config.norm + "-ws" * config.ws
+    name = f"{config.dataset}-{layers}-batch{recipe.batch_size}-seed{config.seed}"
+    folder = new_folder(config.output, Path("runs") / name)
+    everything = {**vars(config), **vars(recipe), "output": folder}
+    # Before the compilation, so that a folder that takes no results is found out at once.
+    with Results(folder, everything) as results:
+        print(*(f"{key:>14}  {value}" for key, value in everything.items()), sep="\n")
+        print(f"{images:,} training and {len(dataset.test.labels):,} held-out images", flush=True)
+        last = fit(config, recipe, dataset, results)
+    print(f"results in {folder}")
+    return last
+
+
+def command_line() -> None:
+    """Train as the command line says; what the user can put right is told without a traceback."""
     try:
-        main(tyro.cli(Config))
+        # The first line and the examples; there is no docstring under `python -OO`.
+        main(tyro.cli(Config, description="\n\n".join((__doc__ or "").split("\n\n")[:2])))
     except checks.TrainingError as error:
         sys.exit(f"train_cifar.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells count it: 128 and the number of the signal
+
+
+if __name__ == "__main__":
+    command_line()

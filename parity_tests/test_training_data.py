@@ -1,5 +1,6 @@
 """The data sets arrive as they were published, and augmentation keeps its laws."""
 
+import errno
 import hashlib
 
 import jax
@@ -71,6 +72,28 @@ def test_absent_files_are_told_how_to_come_by(tmp_path):
 def test_an_absent_folder_misses_all_files(tmp_path):
     text = message(data.cifar10, tmp_path / "nowhere")
     assert all(name in text for name in NAMES)
+
+
+def test_a_file_is_no_folder_of_data(tmp_path):
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    path.write_bytes(b"")
+    assert message(data.cifar10, path) == (
+        f"The data must lie in a folder, but {path} is a file. Name the folder that holds "
+        "cifar-10-batches-bin: --data-dir FOLDER. If that file is the archive, unpack it first: "
+        f"mkdir -p data && tar -xzf {path} -C data"
+    )
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(path, dtype):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    write_cifar10(tmp_path / "cifar")
+    monkeypatch.setattr(np, "fromfile", refuse)  # the superuser may read everything
+    assert message(data.cifar10, tmp_path / "cifar") == (
+        f"Cannot read {tmp_path}/cifar/data_batch_1.bin: Permission denied. "
+        "Name another --data-dir."
+    )
 
 
 @pytest.mark.parametrize(("size", "records", "rest"), [(6145, 1, 3072), (0, 0, 0)])

@@ -4,7 +4,8 @@ Each message states the rule, the values seen and the way out.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 _CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -77,6 +78,27 @@ def batch_size(value: int, training_images: int) -> None:
         )
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What is read can be read."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"Cannot read {path}: {error.strerror or error}. Name another --data-dir."
+        ) from error
+
+
+def data_is_folder(path: Path) -> None:
+    """Data come from a folder."""
+    if path.exists() and not path.is_dir():
+        raise TrainingError(
+            f"The data must lie in a folder, but {path} is a file. Name the folder that holds "
+            "cifar-10-batches-bin: --data-dir FOLDER. If that file is the archive, unpack it "
+            f"first: mkdir -p data && tar -xzf {path} -C data"
+        )
+
+
 def cifar10_files(missing: Sequence[Path], data_dir: Path) -> None:
     """The data set has been downloaded and unpacked."""
     if missing:
@@ -123,16 +145,35 @@ def no_results(folder: Path, found: Sequence[str]) -> None:
         )
 
 
-def is_folder(path: Path) -> None:
-    """Results go into a folder."""
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What is written can be written."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"Cannot write to {folder}: {error.strerror or error}. Name another --output."
+        ) from error
+
+
+def output_is_folder(path: Path) -> None:
+    """Results go into a folder of their own. An empty name is that of the current folder."""
+    if path == Path():
+        raise TrainingError(
+            "The output must be a folder of its own, but it is the current folder or has an empty "
+            "name. Name another --output, or leave it out: a new folder is made then."
+        )
     if path.exists() and not path.is_dir():
         raise TrainingError(f"The output must be a folder, but {path} is a file. Name another one.")
 
 
-def finite_loss(loss: float, step: int, learning_rate: float) -> None:
+def finite_loss(loss: float, step: int, learning_rate: float, norm: str) -> None:
     """Once the loss is not a number, no later step can mend it."""
     if not math.isfinite(loss):
+        way_out = f"Lower the learning rate, which is {learning_rate:g}"
+        if norm == "none":
+            way_out += ", or use a norm"
         raise TrainingError(
             f"The loss must stay finite, but it was {loss} by step {step}, so training stopped. "
-            f"Lower the learning rate, which is {learning_rate:g}, or use a norm."
+            f"{way_out}."
         )

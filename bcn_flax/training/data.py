@@ -64,24 +64,27 @@ def cifar10(data_dir: Path) -> Dataset:
         data_dir: the folder that holds `cifar-10-batches-bin`, or that folder itself.
 
     Raises:
-        TrainingError: files are absent, cut off or damaged.
+        TrainingError: files are absent, unreadable, cut off or damaged.
 
     Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images"; the format is that
     of the binary version, https://www.cs.toronto.edu/~kriz/cifar.html.
     """
-    folder = data_dir / "cifar-10-batches-bin"
-    if not folder.is_dir() and any(data_dir.glob("*_batch*.bin")):
-        folder = data_dir
-    train = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
-    test = [folder / "test_batch.bin"]
-    checks.cifar10_files([path for path in train + test if not path.is_file()], data_dir)
+    with checks.reading(data_dir):
+        checks.data_is_folder(data_dir)
+        folder = data_dir / "cifar-10-batches-bin"
+        if not folder.is_dir() and any(data_dir.glob("*_batch*.bin")):
+            folder = data_dir
+        train = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
+        test = [folder / "test_batch.bin"]
+        checks.cifar10_files([path for path in train + test if not path.is_file()], data_dir)
     return Dataset(_read_cifar(train), _read_cifar(test))
 
 
 def _read_cifar(paths: Sequence[Path]) -> Split:
     records = []
     for path in paths:
-        values = np.fromfile(path, np.uint8)
+        with checks.reading(path):
+            values = np.fromfile(path, np.uint8)
         checks.whole_records(path, values.size, _RECORD)
         records.append(values.reshape(-1, _RECORD))
         checks.labels(path, records[-1][:, 0].tolist(), 10)
