@@ -12,15 +12,12 @@ cores. The first line is the default, and takes some 20 s, 10 of them compilatio
 it takes 30 s.
 
                                         (batch size 32)    --batch-size 1
-                                          99.39 +- 0.23     99.56 +- 0.25
-    --no-ws                               99.50 +- 0.41     99.44 +- 0.20
-    --norm bn                             99.33 +- 0.25     97.83 +- 1.90
-    --norm bn --no-ws                     99.50 +- 0.36     97.33 +- 1.94
-    --norm gn                             99.28 +- 0.32     99.61 +- 0.15
-    --norm gn --no-ws                     99.50 +- 0.36     99.56 +- 0.32
+                                          99.33 +- 0.32     99.44 +- 0.34
+    --norm bn                             99.39 +- 0.23     98.33 +- 1.15
+    --norm gn                             99.39 +- 0.23     99.56 +- 0.32
 
-One image is 0.28 %. The digits are hard enough to show that batch norm alone fails with batches of
-one, and too easy to tell the others apart. CIFAR-10 has not been measured yet.
+One image is 0.28 %. The digits are hard enough to show that batch norm alone suffers from batches
+of one, and too easy to tell the others apart. CIFAR-10 has not been measured yet.
 
 The whole data set lies on the device, and shuffling, augmentation, forward pass, backward pass and
 update are one compiled step. The host only calls it again and again: a scan over the steps would
