@@ -5,10 +5,10 @@ mean and the variance of each channel of each sample, `Moments`, and what it dec
 and one offset for each, `Affine`. Both are small, `(n, c)`, and affine maps compose, so that any
 stack of normalizations reads `x` once to measure it and once to write the result:
 
-    m = moments(x)                                   # one pass over x
-    f = standardize(pool_batch(m), epsilon)          # batch norm
-    g = standardize(pool_groups(push(f, m), groups)) # a group norm of its output, from m alone
-    y = apply(chain(f, spread(g, c)), x)             # one pass over x
+    m = moments(x)                                             # one pass over x
+    f = standardize(pool_batch(m), epsilon)                    # batch norm
+    g = standardize(pool_groups(push(f, m), groups), epsilon)  # a group norm of what f would give
+    y = apply(chain(f, spread(g, c)), x)                       # one pass over x
 
 Three laws carry this. The law of total variance pools moments, `push` knows the moments of `f(x)`
 without computing `f(x)`, and `chain` is associative.

@@ -174,3 +174,13 @@ def test_the_clamp_leaves_the_derivatives_of_a_constant_channel():
     hessian = jax.hessian(lambda v: moments(v).var.sum())(x).reshape(5, 5)
     expected = 2 / 5 * (np.eye(5) - 1 / 5)
     assert_close(hessian, expected, ulps=100, dtype=np.float64)
+
+
+@pytest.mark.parametrize(
+    ("var", "clamped"), [(-1e-9, 0.0), (0.0, 0.0), (2.0, 2.0), (jnp.inf, jnp.inf)]
+)
+def test_a_variance_that_rounding_made_negative_is_0(var, clamped):
+    """A net for sums of very many terms, which may lose more than the pivot's argument allows."""
+    value, slope = jax.value_and_grad(affine._not_negative)(var)
+    assert value == clamped
+    assert slope == 1
