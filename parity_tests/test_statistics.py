@@ -11,6 +11,7 @@ from jax import export, lax
 
 from bcn_flax import BatchChannelNorm, BatchNorm, ChannelNorm, EstimatedBatchNorm
 from bcn_flax.affine import Moments
+from bcn_flax.models import VGG
 from bcn_flax.norms import moving_average
 from parity_tests.tolerances import assert_close
 
@@ -284,8 +285,6 @@ def test_exports_for_any_batch_and_image_size(evaluate):
 
 
 def test_networks_pass_their_options_on():
-    from bcn_flax.models import VGG
-
     x = data((2, 4, 4, 3))
     variables = VGG(((8,),), num_groups=4).init(jax.random.key(0), x, train=True)
 

@@ -1,4 +1,4 @@
-"""Every tolerance of the tests, each with its reason, in one place."""
+"""How numbers are compared, and how far the three sides of the parity tests may be apart."""
 
 import ml_dtypes
 import numpy as np
