@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import bcn_flax
 import bcn_torch
+from bcn_flax import interop
 from bcn_flax.interop import state_dict_from_variables, variables_from_torch
 from bcn_flax.models import VGG
 from parity_tests import layout
@@ -137,11 +138,11 @@ COMPLAINT = (
     "The state_dict and the Flax variables must match, tensor by tensor, but:\n"
     "  misshapen: fc.weight is (8, 10), but Flax's params/fc/kernel of shape (8, 10) needs "
     "(10, 8)\n"
-    "  missing: layers.1.channel_norm.scale or layers.1.channel_norm.weight or "
-    "layers_1.channel_norm.scale or layers_1.channel_norm.weight, for Flax's "
-    "params/layers_1/channel_norm/scale\n"
-    "  unexpected: layers.7.weight, which has no counterpart in Flax\n"
-    "Build both models with the same configuration, or rename the keys."
+    "  missing: layers.1.channel_norm.scale or layers.1.channel_norm.weight, for Flax's "
+    "params/layers_1/channel_norm/scale (4,)\n"
+    "  unexpected: layers.7.weight (3,), which has no counterpart in Flax\n"
+    "Build both models with the same configuration, or say with `names` where in Flax a module of "
+    "PyTorch is."
 )
 
 
@@ -178,3 +179,56 @@ def test_partitioned_variables_move_like_plain_ones():
     module.load_state_dict(state_dict_from_variables(variables, module.state_dict()))
     returned = variables_from_torch(module.state_dict(), variables)
     jax.tree.map(np.testing.assert_array_equal, returned, nn.meta.unbox(variables))
+
+
+class TiedTorch(torch.nn.Module):
+    """A decoder with the weights of its embedding."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.embed = torch.nn.Embedding(7, 3)
+        self.head = torch.nn.Linear(3, 7, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+
+EMBEDDING = np.random.default_rng(2).normal(size=(7, 3)).astype(np.float32)
+SHARED = {"params": {"embed": {"embedding": jnp.asarray(EMBEDDING)}}}
+
+
+def test_a_tied_tensor_needs_no_leaf_of_its_own_and_stays_tied():
+    module = TiedTorch(tied=True)
+    match = interop.match(module, SHARED)
+    assert str(match).splitlines()[-1] == "head.weight: tied to embed.weight"
+    state_dict = match.to_torch(SHARED)
+    for key in ("embed.weight", "head.weight"):
+        np.testing.assert_array_equal(state_dict[key].numpy(), EMBEDDING)
+    with pytest.raises(ValueError, match=r"head\.weight and embed\.weight were one tensor"):
+        match.to_flax({**state_dict, "head.weight": state_dict["head.weight"] + 1})
+
+
+def test_a_tensor_that_only_equals_another_is_unexpected():
+    module = TiedTorch(tied=False)
+    module.head.weight.data = module.embed.weight.data.clone()
+    with pytest.raises(ValueError, match=r"unexpected: head\.weight"):
+        interop.match(module, SHARED)
+
+
+def test_one_tensor_cannot_take_two_values():
+    module = TiedTorch(tied=True)
+    match = interop.match(
+        module, {"params": {**SHARED["params"], "head": {"kernel": jnp.ones((3, 7))}}}
+    )
+    variables = match.to_flax(module)
+    assert torch.equal(match.to_torch(variables)["head.weight"], module.head.weight)
+    variables["params"]["head"]["kernel"] += 1
+    with pytest.raises(ValueError, match=r"head\.weight and embed\.weight are one tensor"):
+        match.to_torch(variables)
+
+
+def test_a_model_without_memory_is_a_pattern_too():
+    with torch.device("meta"):
+        module = torch.nn.Linear(3, 2)
+    variables = {"params": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+    state_dict = state_dict_from_variables(variables, module)
+    assert torch.equal(state_dict["weight"], torch.ones(2, 3))

@@ -1,0 +1,139 @@
+"""Checkpoints in files: `.safetensors`, and what `torch.save` writes."""
+
+import importlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from bcn_flax.interop import arrays, torch_side
+
+_TORCH = (".pt", ".pth", ".bin")
+
+
+def load(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Any]:
+    """The `state_dict` in a file.
+
+    Example:
+        >>> state_dict = load("model.safetensors")  # doctest: +SKIP
+        >>> state_dict = load("checkpoint.pth", key="model")  # doctest: +SKIP
+
+    Args:
+        path: of a `.safetensors` file, which needs the package `safetensors` but not PyTorch and
+            gives NumPy's arrays; or of a `.pt`, `.pth` or `.bin` file of `torch.save`, which needs
+            PyTorch, gives tensors on the CPU, and may hold nothing but data: code is not run.
+        key: of the `state_dict` in a checkpoint that holds more, a dictionary with entries such as
+            `"model"` or `"state_dict"`.
+
+    Raises:
+        ValueError: the file holds no `state_dict`, or objects other than data, or its name ends in
+            something else; the message says what there is.
+        ImportError: the package that reads such files is not installed.
+    """
+    path = Path(path)
+    if _is_safetensors(path):
+        if key is not None:
+            raise ValueError(
+                f"A .safetensors file has tensors and no parts: leave key={key!r} out."
+            )
+        # Sorted, because the file has them in an order that means nothing.
+        return dict(sorted(_import_safetensors().load_file(path).items()))
+    return _part(path, _unpickled(path), key)
+
+
+def save(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
+    """Write a `state_dict` to a file that `load`, or PyTorch, reads.
+
+    Example:
+        >>> save("model.safetensors", state_dict_from_variables(variables, like))  # doctest: +SKIP
+
+    Args:
+        path: of a `.safetensors` file, which needs the package `safetensors`; or of a `.pt`, `.pth`
+            or `.bin` file, which needs PyTorch. Tied tensors are written once for each name.
+        state_dict: tensors of PyTorch, or arrays of NumPy or JAX.
+
+    Raises:
+        ValueError: it is no `state_dict`, or the file's name ends in something else.
+        ImportError: the package that writes such files is not installed.
+    """
+    path = Path(path)
+    tensors = torch_side.tensors(state_dict)
+    if _is_safetensors(path):
+        values = {
+            key: arrays.as_kind_of(np.empty(0, arrays.dtype(x)), arrays.values(x))
+            for key, x in tensors.items()
+        }
+        # Other readers of such files ask for this note.
+        _import_safetensors().save_file(values, path, metadata={"format": "pt"})
+    else:
+        torch = _import_torch()
+        torch.save({key: _as_tensor(torch, x) for key, x in tensors.items()}, path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    if path.suffix not in (".safetensors", *_TORCH):
+        raise ValueError(
+            f"A file's name tells its format and must end in .safetensors or one of {_TORCH}, but "
+            f"it is {path.name}."
+        )
+    return path.suffix == ".safetensors"
+
+
+def _import_safetensors() -> ModuleType:
+    try:
+        return importlib.import_module("safetensors.numpy")
+    except ImportError as error:
+        raise ImportError(
+            ".safetensors files need the package safetensors: pip install safetensors"
+        ) from error
+
+
+def _import_torch() -> ModuleType:
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise ImportError(
+            f"{', '.join(_TORCH)} files need PyTorch: "
+            'pip install "batch-channel-norm[torch]". Or have them written as .safetensors.'
+        ) from error
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        return _import_torch().load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it is no file of torch.save, or holds objects other than data, "
+            "which run code when they are read. If you trust it, read it where that does no harm, "
+            "with torch.load(path, weights_only=False), and save its state_dict alone."
+        ) from error
+
+
+def _part(path: Path, found: Any, key: str | None) -> dict[str, Any]:
+    """The `state_dict` in what a file holds."""
+    parts = found if isinstance(found, Mapping) else {}
+    state_dict: Any = found if key is None else parts.get(key)
+    if torch_side.is_state_dict(state_dict):
+        return dict(state_dict)
+    candidates = [name for name, part in parts.items() if torch_side.is_state_dict(part)]
+    raise ValueError(
+        f"{path} holds no state_dict{'' if key is None else f' under {key!r}'}, but a "
+        f"{type(found).__name__} of {[*parts]}. "
+        + (
+            f"Say which part to take: key={candidates[0]!r}."
+            if candidates
+            else "No part of it is one."
+        )
+    )
+
+
+def _as_tensor(torch: ModuleType, x: Any) -> Any:
+    if hasattr(x, "detach"):
+        return x.detach()
+    return arrays.as_kind_of(
+        torch.empty(0, dtype=getattr(torch, str(arrays.dtype(x)))), arrays.values(x)
+    )

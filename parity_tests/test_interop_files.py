@@ -1,0 +1,128 @@
+"""Checkpoints are read and written, and those that run code are refused."""
+
+import builtins
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from flax import nnx
+
+from bcn_flax import interop
+
+pytestmark = pytest.mark.torch
+
+STATE_DICT = {
+    "weight": torch.tensor([[1.0, -0.0], [float("nan"), float("-inf")]]),
+    "half": torch.tensor([1.5, 65504.0]).half(),
+    "brain": torch.tensor([1.5, 3e38]).bfloat16(),
+    "double": torch.tensor([0.1], dtype=torch.float64),
+    "num_batches_tracked": torch.tensor(2**60),
+}
+
+
+def kinds(state_dict):
+    return {key: (str(x.dtype).removeprefix("torch."), *x.shape) for key, x in state_dict.items()}
+
+
+def as_numbers(state_dict):
+    return {key: np.asarray(torch.as_tensor(x).double()) for key, x in state_dict.items()}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+def test_a_file_of_torch_save_comes_back_as_tensors(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    interop.save(path, STATE_DICT)
+    loaded = interop.load(path)
+    assert kinds(loaded) == kinds(STATE_DICT)
+    for key, tensor in STATE_DICT.items():
+        assert torch.equal(loaded[key].nan_to_num(3), tensor.nan_to_num(3)), key
+
+
+def test_a_safetensors_file_is_pytorch_s_and_comes_back_as_arrays(tmp_path):
+    path = tmp_path / "model.safetensors"
+    interop.save(path, STATE_DICT)
+    by_torch, loaded = safetensors.torch.load_file(path), interop.load(path)
+    assert kinds(by_torch) == kinds(loaded) == kinds(STATE_DICT)
+    assert all(isinstance(x, np.ndarray) for x in loaded.values())
+    for key, tensor in STATE_DICT.items():
+        expected = tensor.double().numpy()
+        np.testing.assert_array_equal(loaded[key].astype(np.float64), expected)
+        np.testing.assert_array_equal(by_torch[key].double().numpy(), expected)
+
+
+def test_arrays_of_jax_are_written_like_tensors(tmp_path):
+    state_dict = {"weight": jnp.ones((2, 3), jnp.bfloat16), "bias": np.zeros(2, np.float16)}
+    for name in ("a.safetensors", "a.pt"):
+        interop.save(tmp_path / name, state_dict)
+        assert kinds(interop.load(tmp_path / name)) == kinds(state_dict)
+
+
+def test_a_module_in_a_file_computes_the_same_in_flax(tmp_path):
+    module, like = torch.nn.Linear(3, 2), nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    safetensors.torch.save_file(module.state_dict(), tmp_path / "a.safetensors")
+    moved = interop.module_from_torch(interop.load(tmp_path / "a.safetensors"), like)
+    np.testing.assert_array_equal(moved.kernel[...].T, module.weight.detach().numpy())
+
+
+class Harmful:
+    """Leaves a mark when it is read."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return builtins.open, (self.mark, "w")
+
+
+def test_a_file_that_would_run_code_is_refused_before_it_does(tmp_path):
+    path, mark = tmp_path / "model.pth", tmp_path / "mark"
+    torch.save({"weight": torch.ones(2), "extra": Harmful(str(mark))}, path)
+    with pytest.raises(ValueError, match=r"save its state_dict alone"):
+        interop.load(path)
+    assert not mark.exists()
+    with torch.load(path, weights_only=False)["extra"]:  # it would have
+        assert mark.exists()
+
+
+def test_a_part_of_a_checkpoint_must_be_named(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"epoch": 3, "model": STATE_DICT}, path)
+    with pytest.raises(ValueError, match="Say which part to take: key='model'"):
+        interop.load(path)
+    with pytest.raises(ValueError, match="holds no state_dict under 'epoch'"):
+        interop.load(path, key="epoch")
+    assert kinds(interop.load(path, key="model")) == kinds(STATE_DICT)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="No part of it is one"):
+        interop.load(path)
+
+
+def test_the_name_must_tell_the_format(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.safetensors or one of .*model\.npz"):
+        interop.load(tmp_path / "model.npz")
+    with pytest.raises(ValueError, match=r"model\.npz"):
+        interop.save(tmp_path / "model.npz", STATE_DICT)
+    with pytest.raises(ValueError, match="leave key='model' out"):
+        interop.load(tmp_path / "model.safetensors", key="model")
+    (tmp_path / "model.pt").write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match=r"is no file of torch\.save"):
+        interop.load(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "way_out"),
+    [
+        ("torch", "a.pt", r'pip install "batch-channel-norm\[torch\]"'),
+        ("safetensors.numpy", "a.safetensors", "pip install safetensors"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(monkeypatch, package, name, way_out):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(ImportError, match=way_out):
+        interop.load(name)
+    with pytest.raises(ImportError, match=way_out):
+        interop.save(name, {"weight": np.ones(3, ml_dtypes.bfloat16)})
