@@ -12,13 +12,14 @@ from bcn_flax.linen import (
     WSConvTranspose,
     WSDense,
 )
-from bcn_flax.norms import standardize_kernel
+from bcn_flax.weight_standardization import Standardization, standardize_kernel
 
 __all__ = [
     "BatchChannelNorm",
     "BatchNorm",
     "ChannelNorm",
     "EstimatedBatchNorm",
+    "Standardization",
     "WSConv",
     "WSConvTranspose",
     "WSDense",

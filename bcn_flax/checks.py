@@ -9,7 +9,20 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
+
+_RUNNING_VARIANCES = ("biased", "unbiased", "around_running_mean")
+_EPSILON_ROLES = ("added_to_variance", "added_to_deviation", "least_variance")
+
+
+def activation(x: Array, axis: int, values: Array | None) -> None:
+    """The input, and its mask where there is one, can be normalized: the rules below."""
+    float_input(x.dtype)
+    feature_axis(x.shape, axis)
+    not_empty(x.shape)
+    if values is not None:
+        mask(values.shape, values.dtype, x.shape)
 
 
 def float_input(dtype: DTypeLike) -> None:
@@ -111,7 +124,7 @@ def running_average_flag(layer: str, attribute: bool | None, argument: bool | No
     return flag
 
 
-def momentum(value: float) -> None:
+def momentum(value: float | Array) -> None:
     """A moving average weighs the old value by a number from 0 to 1.
 
     A traced number, as of a schedule inside `jit`, is not known yet, and passes.
@@ -128,6 +141,24 @@ def epsilon(value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(
             f"epsilon must be positive and finite, but epsilon={value}. The usual one is 1e-5."
+        )
+
+
+def running_variance(value: str) -> None:
+    """What enters the running variance is chosen by its name."""
+    if value not in _RUNNING_VARIANCES:
+        raise ValueError(
+            f"running_variance must be one of {', '.join(_RUNNING_VARIANCES)}, but it is {value!r}."
+        )
+
+
+def num_features(channels: int, expected: int) -> None:
+    """The input has as many channels as the layer was made for."""
+    if channels != expected:
+        raise ValueError(
+            f"The input must have the {expected} channels that the layer was made for, but it has "
+            f"{channels}. Make the layer with num_features={channels}, or with the axis along "
+            "which the channels lie."
         )
 
 
@@ -159,6 +190,19 @@ def fan_in(shape: Sequence[int], axis: int) -> None:
             "Weight standardization needs at least 2 weights per output channel (fan-in), but a "
             f"kernel of shape {tuple(shape)} has {weights}. Use the layer without weight "
             "standardization here."
+        )
+
+
+def standardization(epsilon_role: str, eps: float, gamma: float) -> None:
+    """The divisor of weight standardization is one of three, and nothing in it is 0 or infinite."""
+    if epsilon_role not in _EPSILON_ROLES:
+        raise ValueError(
+            f"epsilon_role must be one of {', '.join(_EPSILON_ROLES)}, but it is {epsilon_role!r}."
+        )
+    epsilon(eps)
+    if gamma == 0 or not math.isfinite(gamma):
+        raise ValueError(
+            f"gamma must be finite and not 0, but gamma={gamma}. Without a factor it is 1.0."
         )
 
 

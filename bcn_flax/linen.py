@@ -1,11 +1,12 @@
 """The layers as Flax linen modules.
 
-Thin shells: they own the parameters and the running estimates, and leave the arithmetic to
-`bcn_flax.norms`. Every normalization here has a method `affine`, from the moments of its input to
-the affine map that it applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
+Thin shells: they own the parameters and the running estimates, and leave the rest to
+`bcn_flax.layer` and the arithmetic to `bcn_flax.norms`, as those of `bcn_flax.nnx` do. Every
+normalization here has a method `affine`, from the moments of its input to the affine map that it
+applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
-from bcn_flax import checks, norms
-from bcn_flax.affine import Affine, Moments, chain, push, widen
+from bcn_flax import checks, layer, norms
+from bcn_flax.affine import Affine, Moments, chain, push
+from bcn_flax.norms import RunningVariance
+from bcn_flax.weight_standardization import Standardization, standardize_kernel
 
 
 class _WithRunningAverages(nn.Module):
@@ -33,6 +36,8 @@ class _WithRunningAverages(nn.Module):
     scale_init: Initializer = initializers.ones
     axis_name: str | None = None
     axis_index_groups: Sequence[Sequence[int]] | None = None
+    running_variance: RunningVariance = "biased"
+    update_stats: bool | None = None
 
     def __call__(
         self,
@@ -40,6 +45,7 @@ class _WithRunningAverages(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: Bool[Array, "..."] | None = None,
+        update_stats: bool | None = None,
     ) -> Float[Array, "n *space c"]:
         """Normalize `x`; `mask` is true at the values that count in the moments.
 
@@ -49,10 +55,11 @@ class _WithRunningAverages(nn.Module):
         evaluate = checks.running_average_flag(
             type(self).__name__, self.use_running_average, use_running_average
         )
-        return _normalize(self, x, mask, lambda m: self.affine(m, evaluate))
+        update = layer.update_flag(evaluate, self.update_stats, update_stats)
+        return layer.call(self, x, mask, lambda m: self.affine(m, evaluate, update))
 
-    def affine(self, m: Moments, use_running_average: bool) -> Affine:
-        """The map to apply to an input with moments `m`; in training, update the statistics."""
+    def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
+        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
         raise NotImplementedError
 
 
@@ -91,33 +98,39 @@ class BatchNorm(_WithRunningAverages):
             input keeps a batch axis, if only of length 1. Under `jit` with a sharded batch nothing
             is needed: the batch is pooled whole.
         axis_index_groups: groups of devices of that axis which pool among themselves.
+        running_variance: which variance enters the running average: "biased", the batch's around
+            its own mean; "unbiased", with Bessel's correction, as in PyTorch; or
+            "around_running_mean", of the batch around the old running mean.
+        update_stats: whether a call moves the running averages; None is in training only. True in
+            evaluation normalizes by the averages as they were. May be given in the call instead,
+            which wins.
 
     Source: Ioffe and Szegedy, "Batch Normalization", arXiv 1502.03167.
     """
 
-    _estimate: ClassVar[bool] = False
+    estimates: ClassVar[bool] = False
 
     @nn.compact
-    def affine(self, m: Moments, use_running_average: bool) -> Affine:
-        """The map to apply to an input with moments `m`; in training, update the statistics."""
-        checks.momentum(self.momentum)
-        checks.epsilon(self.epsilon)
+    def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
+        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
         channels = m.mean.shape[1]
         dtype = jnp.promote_types(self.param_dtype, jnp.float32)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (channels,), dtype)
-        pooled = running = Moments(widen(mean.value)[None], widen(var.value)[None])
-        if not use_running_average:
-            # While initializing there need be no such axis, and a batch of 1 is no mistake.
-            axis_name = None if self.is_initializing() else self.axis_name
-            if axis_name is None and not self.is_initializing():
-                checks.several_values(m.mean.shape[0], m.size)
-            pooled, running = norms.training_moments(
-                m, running, self.momentum, self._estimate, axis_name, self.axis_index_groups
-            )
-            if not self.is_initializing():
-                mean.value = running.mean[0].astype(mean.value.dtype)
-                var.value = running.var[0].astype(var.value.dtype)
+        # While initializing there need be no such axis, and a batch of 1 is no mistake.
+        initializing = self.is_initializing()
+        if not (use_running_average or initializing or self.axis_name):
+            checks.several_values(m.mean.shape[0], m.size)
+        pooled, stats = layer.batch_norm_moments(
+            self,
+            m,
+            (mean.value, var.value),
+            use_running_average=use_running_average,
+            update_stats=update_stats,
+            axis_name=None if initializing else self.axis_name,
+        )
+        if update_stats and not initializing:
+            mean.value, var.value = stats
         return norms.batch_norm(pooled, _learned(self, channels), self.epsilon)
 
 
@@ -142,7 +155,7 @@ class EstimatedBatchNorm(BatchNorm):
     Source: Qiao et al., arXiv 1903.10520, which estimates the statistics of micro-batches.
     """
 
-    _estimate: ClassVar[bool] = True
+    estimates: ClassVar[bool] = True
 
 
 class ChannelNorm(nn.Module):
@@ -195,7 +208,7 @@ class ChannelNorm(nn.Module):
         Raises:
             ValueError: bad input, or groups that do not divide the channels.
         """
-        return _normalize(self, x, mask, self.affine)
+        return layer.call(self, x, mask, self.affine)
 
     @nn.compact
     def affine(self, m: Moments) -> Affine:
@@ -240,10 +253,19 @@ class BatchChannelNorm(_WithRunningAverages):
             input keeps a batch axis, if only of length 1. Under `jit` with a sharded batch nothing
             is needed: the batch is pooled whole.
         axis_index_groups: groups of devices of that axis which pool among themselves.
+        running_variance: which variance enters the running average: "biased", the batch's around
+            its own mean; "unbiased", with Bessel's correction, as in PyTorch; or
+            "around_running_mean", of the batch around the old running mean.
+        update_stats: whether a call moves the running averages; None is in training only. True in
+            evaluation normalizes by the averages as they were. May be given in the call instead,
+            which wins.
         num_groups: number of groups of consecutive channels.
         group_size: number of channels in a group; set `num_groups=None` to give this instead.
         estimate: whether the batch norm normalizes by the running averages in training too
             (`EstimatedBatchNorm`), or by the batch (`BatchNorm`), which wants large batches.
+        batch_epsilon: epsilon of the batch norm, where it is not that of the channel norm.
+
+    The variants that other codes compute have names in `bcn_flax.variants.BCN`.
 
     Source: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization", arXiv 1903.10520.
@@ -252,37 +274,42 @@ class BatchChannelNorm(_WithRunningAverages):
     num_groups: int | None = 32
     group_size: int | None = None
     estimate: bool = True
+    batch_epsilon: float | None = None
 
     @nn.compact
-    def affine(self, m: Moments, use_running_average: bool) -> Affine:
-        """The map to apply to an input with moments `m`; in training, update the statistics."""
+    def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
+        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
         shared: dict[str, Any] = {
-            "epsilon": self.epsilon,
             "param_dtype": self.param_dtype,
             "use_bias": self.use_bias,
             "use_scale": self.use_scale,
         }
         batch_norm = (EstimatedBatchNorm if self.estimate else BatchNorm)(
             momentum=self.momentum,
+            epsilon=self.epsilon if self.batch_epsilon is None else self.batch_epsilon,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
+            running_variance=self.running_variance,
             name="batch_norm",
             **shared,
         )
         channel_norm = ChannelNorm(
             num_groups=self.num_groups,
             group_size=self.group_size,
+            epsilon=self.epsilon,
             bias_init=self.bias_init,
             scale_init=self.scale_init,
             name="channel_norm",
             **shared,
         )
-        f = batch_norm.affine(m, use_running_average)
+        f = batch_norm.affine(m, use_running_average, update_stats)
         return chain(f, channel_norm.affine(push(f, m)))
 
 
 class _StandardizedKernel(nn.Module):
     """Use the parameter `kernel` standardized. What is stored, and trained, is the raw one."""
+
+    standardization: Standardization = Standardization()
 
     @nn.nowrap
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -293,15 +320,24 @@ class _StandardizedKernel(nn.Module):
         # any convolution a mask of zeros and ones.
         axis = -2 if getattr(self, "transpose_kernel", False) else -1
         mask = getattr(self, "mask", None)
-        mask = None if mask is None else jnp.asarray(mask) != 0
-        return norms.standardize_kernel(value, axis=axis, mask=mask)
+        gain = None
+        if self.standardization.gain:
+            gain = super().param("gain", initializers.ones, (value.shape[axis],), value.dtype)
+        return standardize_kernel(
+            value,
+            self.standardization,
+            gain=gain,
+            axis=axis,
+            mask=None if mask is None else jnp.asarray(mask) != 0,
+        )
 
 
 class WSConv(_StandardizedKernel, nn.Conv):
     """`flax.linen.Conv` with weight standardization: see `standardize_kernel`.
 
-    Takes every argument of `nn.Conv` and has its parameters. The kernel is standardized in float32
-    or wider before it is cast to `dtype`, on the fly: the parameter stays raw.
+    Takes every argument of `nn.Conv` and has its parameters; `standardization` says how, see
+    `Standardization`. The kernel is standardized in float32 or wider before it is cast to `dtype`,
+    on the fly: the parameter stays raw.
 
     Follow it with a normalization: standardized weights have no scale of their own to learn.
 
@@ -321,33 +357,9 @@ class WSDense(_StandardizedKernel, nn.Dense):
     """`flax.linen.Dense` with weight standardization, as `WSConv`."""
 
 
-def _normalize(
-    layer: _WithRunningAverages | ChannelNorm,
-    x: Array,
-    mask: Array | None,
-    to_affine: Callable[[Moments], Affine],
-) -> Array:
-    """Check the input, and apply what `to_affine` makes of its moments."""
-    x = jnp.asarray(x)
-    checks.float_input(x.dtype)
-    checks.feature_axis(x.shape, layer.axis)
-    checks.not_empty(x.shape)
-    if mask is not None:
-        mask = jnp.asarray(mask)
-        checks.mask(mask.shape, mask.dtype, x.shape)
-    dtype = layer.dtype
-    if dtype is None:
-        learns = layer.use_scale or layer.use_bias
-        dtype = jnp.promote_types(x.dtype, layer.param_dtype) if learns else x.dtype
-    return norms.normalize(x, to_affine, layer.axis, mask, dtype)
-
-
-def _learned(layer: BatchNorm | ChannelNorm, size: int) -> Affine:
-    """The learned scale and bias, `(1, size)`; 1 and 0 where there is none."""
-    shape, dtype = (size,), layer.param_dtype
-    scale = layer.param("scale", layer.scale_init, shape, dtype) if layer.use_scale else None
-    bias = layer.param("bias", layer.bias_init, shape, dtype) if layer.use_bias else None
-    return Affine(
-        jnp.ones((1, size), dtype) if scale is None else scale[None],
-        jnp.zeros((1, size), dtype) if bias is None else bias[None],
-    )
+def _learned(norm: BatchNorm | ChannelNorm, size: int) -> Affine:
+    """The scale and bias of a norm as a map, `(1, size)`."""
+    shape, dtype = (size,), norm.param_dtype
+    scale = norm.param("scale", norm.scale_init, shape, dtype) if norm.use_scale else None
+    bias = norm.param("bias", norm.bias_init, shape, dtype) if norm.use_bias else None
+    return layer.learned(scale, bias, size, dtype)

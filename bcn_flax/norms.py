@@ -1,17 +1,17 @@
-"""The layers as pure functions: `Moments -> Affine`, and weight standardization.
+"""The layers as pure functions: `Moments -> Affine`.
 
 Batch norm, estimated batch norm and evaluation differ only in *which* moments they standardize by:
 the batch's, the running estimates after their update, the running estimates as they are.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from bcn_flax import checks
 from bcn_flax.affine import (
     Affine,
     Moments,
@@ -24,6 +24,8 @@ from bcn_flax.affine import (
     standardize,
     widen,
 )
+
+RunningVariance = Literal["biased", "unbiased", "around_running_mean"]
 
 
 def normalize(
@@ -41,36 +43,73 @@ def normalize(
     return apply(to_affine(moments(x, axis, mask)), x, axis, dtype)
 
 
-def moving_average(running: Moments, batch: Moments, momentum: float | Float[Array, ""]) -> Moments:
+def moving_average(
+    running: Moments,
+    batch: Moments,
+    momentum: float | Float[Array, ""],
+    variance: RunningVariance = "biased",
+) -> Moments:
     """Update the running estimates: `momentum * running + (1 - momentum) * batch`.
 
-    The running variance averages the batch's biased variance around the batch's own mean. Estimates
-    keep their dtype, carry no gradient, and stay as they are where the batch counts nothing.
+    Estimates keep their dtype and carry no gradient. A channel keeps its estimates as they are
+    where the batch counts nothing, and where the batch's moments are not finite: one bad batch
+    would otherwise poison them for ever.
+
+    Args:
+        running: the estimates before this batch, `(1, c)`.
+        batch: the moments of this batch, `(1, c)`.
+        momentum: the weight of the old estimates.
+        variance: which variance of the batch enters: "biased", around the batch's own mean;
+            "unbiased", the same times `size / (size - 1)`; "around_running_mean",
+            `E[(x - running.mean)^2]`, with the mean before its update.
     """
+    match variance:
+        case "biased":
+            var = batch.var
+        case "unbiased":
+            var = unbiased(batch)
+        case "around_running_mean":
+            var = batch.var + jnp.square(batch.mean - running.mean)
+    usable = (jnp.asarray(batch.size) > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
 
     def update(old: Array, new: Array) -> Array:
         average = momentum * old + (1 - momentum) * lax.stop_gradient(new)
-        return jnp.where(jnp.asarray(batch.size) > 0, average, old).astype(old.dtype)
+        return jnp.where(usable, average, old).astype(old.dtype)
 
-    return Moments(update(running.mean, batch.mean), update(running.var, batch.var))
+    return Moments(update(running.mean, batch.mean), update(running.var, var))
 
 
-def training_moments(
+def unbiased(m: Moments) -> Array:
+    """The variance with Bessel's correction, `size / (size - 1)`; 0 of a single value."""
+    return m.var * (m.size / jnp.maximum(m.size - 1, 1))
+
+
+def batch_norm_moments(
     m: Moments,
     running: Moments,
-    momentum: float | Float[Array, ""],
+    *,
+    use_running_average: bool,
+    update_stats: bool,
     estimate: bool,
+    momentum: float | Float[Array, ""],
+    running_variance: RunningVariance = "biased",
     axis_name: str | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Moments, Moments]:
-    """What a batch norm standardizes by in training, and the running estimates after this batch.
+    """What a batch norm standardizes by, and the running estimates after this batch.
 
-    With `estimate`, both are the updated running estimates, through which no gradient flows.
-    Without, it standardizes by the batch's own moments, gradient and all.
+    With `use_running_average` it standardizes by the estimates as they were. Otherwise, with
+    `estimate`, by the estimates as they are after this batch, through which no gradient flows;
+    without, by the batch's own moments, gradient and all. `update_stats` decides by itself whether
+    the estimates move.
     """
+    if use_running_average and not update_stats:
+        return running, running
     batch = pool_batch(m, axis_name, axis_index_groups)
-    running = moving_average(running, batch, momentum)
-    return (running if estimate else batch), running
+    after = moving_average(running, batch, momentum, running_variance) if update_stats else running
+    if use_running_average:
+        return running, after
+    return (after if estimate else batch), after
 
 
 def batch_norm(pooled: Moments, learned: Affine, epsilon: float) -> Affine:
@@ -94,45 +133,3 @@ def channel_norm(m: Moments, learned: Affine, epsilon: float) -> Affine:
     """
     groups, channels = learned.scale.shape[1], m.mean.shape[1]
     return spread(chain(standardize(pool_groups(m, groups), epsilon), learned), channels)
-
-
-def standardize_kernel(
-    kernel: Float[Array, "*fan_in c"],
-    epsilon: float = 1e-5,
-    axis: int = -1,
-    mask: Bool[Array, "*fan_in c"] | None = None,
-) -> Float[Array, "*fan_in c"]:
-    """Weight standardization: give the weights of each output channel mean 0 and variance 1.
-
-    `(w - mean) / sqrt(var + epsilon)` over all axes but the output channel, with the unbiased
-    variance: the algebra of the activations, with the kernel as the one sample. Computed in
-    float32 or wider, returned in the kernel's dtype.
-
-    Args:
-        kernel: of a dense layer, `(in, out)`, or of a convolution, `(*window, in, out)`.
-        epsilon: added to the variance, inside the root.
-        axis: the output channel's.
-        mask: true where a weight counts, shaped as the kernel; the others come out as 0.
-
-    Raises:
-        ValueError: an output channel has a single weight, whose variance is not defined.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from bcn_flax import standardize_kernel
-        >>> standardize_kernel(jnp.array([[1.0], [2.0], [3.0]])).round(3).ravel().tolist()
-        [-1.0, 0.0, 1.0]
-
-    Source: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
-    Standardization", arXiv 1903.10520; unbiased variance and epsilon inside the root as in the
-    authors' ImageNet code (`imagenet/models/layers.py`).
-    """
-    checks.fan_in(kernel.shape, axis)
-    sample = widen(kernel[None])
-    axis = axis % kernel.ndim + 1
-    m = moments(sample, axis, None if mask is None else mask[None])
-    unbiased = m.var * (m.size / jnp.maximum(m.size - 1, 1))
-    standardized = apply(
-        standardize(m._replace(var=unbiased), epsilon), sample, axis, kernel.dtype
-    )[0]
-    return standardized if mask is None else jnp.where(mask, standardized, 0)

@@ -1,6 +1,6 @@
 """A ResNet written for `flax.linen.BatchNorm` trains with these layers and no other edit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from sklearn.datasets import load_digits
 
-from bcn_flax import BatchChannelNorm, BatchNorm, EstimatedBatchNorm
+from bcn_flax import BatchChannelNorm, BatchNorm, EstimatedBatchNorm, WSConv
 
 
 class ResidualBlock(nn.Module):
@@ -19,11 +20,12 @@ class ResidualBlock(nn.Module):
 
     filters: int
     norm: Callable[..., Any]
+    conv: Callable[..., Any]
     strides: int = 1
 
     @nn.compact
     def __call__(self, x):
-        conv = partial(nn.Conv, use_bias=False)
+        conv = partial(self.conv, use_bias=False)
         y = conv(self.filters, (3, 3), self.strides)(x)
         y = nn.relu(self.norm()(y))
         y = conv(self.filters, (3, 3))(y)
@@ -35,9 +37,12 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Written for `nn.BatchNorm`; only the class that `make_norm` names ever changes."""
+    """Written for `nn.BatchNorm` and `nn.Conv`; only these two classes ever change."""
 
-    make_norm: Callable[..., Any]
+    make_norm: Callable[..., Any] = nn.BatchNorm
+    make_conv: Callable[..., Any] = nn.Conv
+    width: int = 32
+    stages: Sequence[int] = (1, 1)
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -51,24 +56,29 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             axis_name=self.axis_name,
         )
-        x = nn.Conv(32, (3, 3), name="conv_init")(x)
+        x = self.make_conv(self.width, (3, 3), name="conv_init")(x)
         x = nn.relu(norm(name="bn_init")(x))
-        for i, filters in enumerate((32, 64)):
-            x = ResidualBlock(filters, norm, strides=i + 1)(x)
+        for stage, blocks in enumerate(self.stages):
+            for block in range(blocks):
+                strides = 2 if stage > 0 and block == 0 else 1
+                x = ResidualBlock(self.width * 2**stage, norm, self.make_conv, strides)(x)
         return nn.Dense(10)(x.mean((1, 2)))
 
 
-def train(make_norm, batch_size, steps=12):
-    """Fit a few fixed images; the losses and the final variables."""
-    model = ResNet(make_norm)
+def images(batch_size):
+    """A few of random pixels."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(batch_size, 8, 8, 3)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, 10, batch_size))
-    variables = model.init(jax.random.key(0), x)
+    return [(x, jnp.asarray(rng.integers(0, 10, batch_size)))]
+
+
+def train(model, batches, steps=12):
+    """Fit the batches, one after the other; the losses and the final variables."""
+    variables = model.init(jax.random.key(0), batches[0][0])
     optimizer = optax.sgd(0.05, momentum=0.9)
 
     @jax.jit
-    def step(variables, state):
+    def step(variables, state, x, labels):
         def loss_of(params):
             logits, updates = model.apply(
                 {**variables, "params": params}, x, mutable=["batch_stats"]
@@ -82,17 +92,17 @@ def train(make_norm, batch_size, steps=12):
         return {"params": params, **updates}, state, loss
 
     state, losses = optimizer.init(variables["params"]), []
-    for _ in range(steps):
-        variables, state, loss = step(variables, state)
+    for i in range(steps):
+        variables, state, loss = step(variables, state, *batches[i % len(batches)])
         losses.append(float(loss))
-    evaluated = model.apply(variables, x, train=False)
+    evaluated = model.apply(variables, batches[0][0], train=False)
     return losses, variables, evaluated
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 @pytest.mark.parametrize("make_norm", [BatchChannelNorm, BatchNorm, EstimatedBatchNorm])
 def test_trains_in_the_place_of_batch_norm(make_norm, batch_size):
-    losses, variables, evaluated = train(make_norm, batch_size)
+    losses, variables, evaluated = train(ResNet(make_norm), images(batch_size))
     assert np.isfinite(losses).all()
     assert np.isfinite(evaluated).all()
     assert losses[-1] < 0.7 * losses[0]
@@ -103,8 +113,8 @@ def test_trains_in_the_place_of_batch_norm(make_norm, batch_size):
 
 def test_batch_norm_is_flaxs_in_every_number():
     """Losses, parameters and statistics of 12 steps, where Flax's own moments are accurate."""
-    losses, variables, evaluated = train(BatchNorm, 8)
-    flax_losses, flax_variables, flax_evaluated = train(nn.BatchNorm, 8)
+    losses, variables, evaluated = train(ResNet(BatchNorm), images(8))
+    flax_losses, flax_variables, flax_evaluated = train(ResNet(nn.BatchNorm), images(8))
 
     # Both run in float32; 12 steps of training let roundings grow.
     close = partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4)
@@ -119,3 +129,16 @@ def test_the_last_scale_starts_at_zero():
     last = params["ResidualBlock_0"]["BatchChannelNorm_1"]
     assert (last["channel_norm"]["scale"] == 0).all()
     assert (last["batch_norm"]["scale"] == 1).all()
+
+
+@pytest.mark.slow
+def test_a_resnet_18_trains_on_digits_in_batches_of_2():
+    """The recipe for linen: the model takes its norm and its convolution as attributes."""
+    model = ResNet(BatchChannelNorm, WSConv, width=64, stages=(2, 2, 2, 2))
+    digits, labels = load_digits(return_X_y=True)
+    x = jnp.asarray(digits[:16].reshape(8, 2, 8, 8, 1) / 16, jnp.float32)
+    y = jnp.asarray(labels[:16].reshape(8, 2))
+    losses, variables, evaluated = train(model, list(zip(x, y, strict=True)), steps=32)
+    assert sum(p.size for p in jax.tree.leaves(variables["params"])) > 11e6
+    assert np.mean(losses[-8:]) < 0.7 * np.mean(losses[:8])
+    assert np.isfinite(evaluated).all()

@@ -7,8 +7,28 @@ from pathlib import Path
 
 import pytest
 
-FLAX_SIDE = ["bcn_flax.linen", "bcn_flax.models", "bcn_flax.norms"]
-TORCH_SIDE = ["bcn_torch.norms", "bcn_torch.vgg", "bcn_torch.weight_standardization"]
+FLAX_SIDE = [
+    "bcn_flax.interop",
+    "bcn_flax.interop.arrays",
+    "bcn_flax.interop.matching",
+    "bcn_flax.interop.naming",
+    "bcn_flax.interop.trees",
+    "bcn_flax.linen",
+    "bcn_flax.models.linen",
+    "bcn_flax.models.nnx",
+    "bcn_flax.nnx",
+    "bcn_flax.surgery.linen",
+    "bcn_flax.surgery.nnx",
+    "bcn_flax.variants",
+    "bcn_flax.weight_standardization",
+]
+TORCH_SIDE = [
+    "bcn_torch.norms",
+    "bcn_torch.surgery",
+    "bcn_torch.variants",
+    "bcn_torch.vgg",
+    "bcn_torch.weight_standardization",
+]
 MODULES = [
     *FLAX_SIDE,
     *(pytest.param(name, marks=pytest.mark.torch) for name in TORCH_SIDE),

@@ -1,8 +1,7 @@
-"""Networks that use the layers. `bcn_torch.VGG` is the same one in PyTorch."""
+"""The networks in linen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,8 +10,8 @@ from jaxtyping import Array, Float
 
 from bcn_flax import checks
 from bcn_flax.linen import BatchChannelNorm, BatchNorm, WSConv
-
-Norm = Literal["bcn", "bn", "gn", "none"]
+from bcn_flax.models import vgg
+from bcn_flax.weight_standardization import Standardization
 
 
 class VGG(nn.Module):
@@ -32,7 +31,8 @@ class VGG(nn.Module):
     Attributes:
         blocks: the features of each convolution, block by block.
         num_classes: number of logits.
-        norm: after each convolution: `BatchChannelNorm`, `BatchNorm`, Flax's `GroupNorm` or none.
+        norm: after each convolution: "bcn" (`BatchChannelNorm`), "bn" (`BatchNorm`), "gn" (Flax's
+            `GroupNorm`) or "none".
         ws: whether the convolutions standardize their weights.
         num_groups: number of groups of the channel or group norm.
         estimate: see `BatchChannelNorm`.
@@ -41,14 +41,15 @@ class VGG(nn.Module):
         dtype: of the computation; by default what the input and the parameters promote to.
         param_dtype: of the parameters.
         axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
+        standardization: of the standardized weights.
 
     Source: Simonyan and Zisserman, arXiv 1409.1556; configuration from the annotated
     implementation, `labml_nn/normalization/weight_standardization/experiment.py`.
     """
 
-    blocks: Sequence[Sequence[int]] = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+    blocks: Sequence[Sequence[int]] = vgg.BLOCKS
     num_classes: int = 10
-    norm: Norm = "bcn"
+    norm: vgg.Norm = "bcn"
     ws: bool = True
     num_groups: int = 32
     estimate: bool = True
@@ -57,25 +58,19 @@ class VGG(nn.Module):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None
+    standardization: Standardization = Standardization()
 
     def setup(self) -> None:
-        """Lay the layers out in one list, whose numbering PyTorch shares."""
-        checks.norm_name(self.norm, get_args(Norm))
-        checks.blocks(self.blocks)
-        conv = WSConv if self.ws else nn.Conv
-        norm = self._norm()
-        layers: list[Callable[..., Array]] = []
-        for block in self.blocks:
-            for features in block:
-                layers += [
-                    conv(
-                        features, (3, 3), padding=1, dtype=self.dtype, param_dtype=self.param_dtype
-                    ),
-                    *([norm()] if norm else []),
-                    nn.relu,
-                ]
-            layers += [partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))]
-        self.layers = layers
+        """Make the layers."""
+        norm = vgg.choose_norm(self, BatchChannelNorm, BatchNorm, nn.GroupNorm)
+        conv = partial(
+            partial(WSConv, standardization=self.standardization) if self.ws else nn.Conv,
+            kernel_size=(3, 3),
+            padding=1,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        self.layers = list(vgg.layers(self.blocks, conv, norm and (lambda _: norm())))
         self.fc = nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.param_dtype)
 
     def __call__(
@@ -93,21 +88,3 @@ class VGG(nn.Module):
             else:
                 x = layer(x)
         return self.fc(x.mean((1, 2)))
-
-    def _norm(self) -> Callable[[], nn.Module] | None:
-        shared: dict[str, Any] = {
-            "epsilon": self.epsilon,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
-        batch: dict[str, Any] = {"momentum": self.momentum, "axis_name": self.axis_name}
-        match self.norm:
-            case "bcn":
-                groups: dict[str, Any] = {"num_groups": self.num_groups, "estimate": self.estimate}
-                return partial(BatchChannelNorm, **groups, **batch, **shared)
-            case "bn":
-                return partial(BatchNorm, **batch, **shared)
-            case "gn":
-                return partial(nn.GroupNorm, self.num_groups, **shared)
-            case "none":
-                return None

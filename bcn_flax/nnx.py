@@ -1,0 +1,510 @@
+"""The layers as Flax NNX modules: those of `bcn_flax.linen`, with the same names and numbers.
+
+Thin shells: they own the parameters and the running estimates, and leave the rest to
+`bcn_flax.layer` and the arithmetic to `bcn_flax.norms`, as those of `bcn_flax.linen` do. Every
+normalization here has a method `affine`, from the moments of its input to the affine map that it
+applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
+
+The docstrings say what is different in NNX; what a layer computes is said at its namesake in linen.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx import initializers
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jaxtyping import Array, Bool, Float
+
+from bcn_flax import checks, layer, norms
+from bcn_flax.affine import Affine, Moments, chain, push
+from bcn_flax.norms import RunningVariance
+from bcn_flax.weight_standardization import Standardization, standardize_kernel
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class _WithRunningAverages(nnx.Module):
+    """What layers with running averages share: the call, and the view."""
+
+    num_features: int
+    use_running_average: bool | None
+    update_stats: bool | None
+    axis: int
+    dtype: Dtype | None
+    param_dtype: Dtype
+    use_bias: bool
+    use_scale: bool
+
+    def __call__(
+        self,
+        x: Float[Array, "n *space c"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Bool[Array, "..."] | None = None,
+        update_stats: bool | None = None,
+    ) -> Float[Array, "n *space c"]:
+        """Normalize `x`; `mask` is true at the values that count in the moments.
+
+        Raises:
+            ValueError: bad input, or nobody said whether to use the running averages.
+        """
+        evaluate = checks.running_average_flag(
+            type(self).__name__, self.use_running_average, use_running_average
+        )
+        update = layer.update_flag(evaluate, self.update_stats, update_stats)
+        return layer.call(self, x, mask, lambda m: self.affine(m, evaluate, update))
+
+    def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
+        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
+        raise NotImplementedError
+
+    def set_view(
+        self, use_running_average: bool | None = None, update_stats: bool | None = None
+    ) -> None:
+        """What `nnx.view` sets; indented as `nnx.view_info` reads it.
+
+        Args:
+          use_running_average: true in evaluation, false in training.
+          update_stats: whether a call moves the running averages.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+        if update_stats is not None:
+            self.update_stats = update_stats
+
+
+class BatchNorm(_WithRunningAverages):
+    """`bcn_flax.linen.BatchNorm` in NNX: a drop-in replacement for `flax.nnx.BatchNorm`.
+
+    Parameters are `scale` and `bias`, statistics `mean` and `var`, all `(num_features,)`; the
+    statistics are of the type `nnx.BatchStat`, in float32 or wider.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from bcn_flax.nnx import BatchNorm
+        >>> layer = BatchNorm(32, rngs=nnx.Rngs(0))
+        >>> y = layer(jnp.ones((4, 8, 8, 32)))  # training: the statistics move
+        >>> y = nnx.view(layer, use_running_average=True)(y)  # evaluation
+    """
+
+    estimates: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros,
+        scale_init: Initializer = initializers.ones,
+        axis_name: str | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        running_variance: RunningVariance = "biased",
+        update_stats: bool | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NOTHING,
+        scale_metadata: Mapping[str, Any] = _NOTHING,
+    ) -> None:
+        """Start from mean 0 and variance 1.
+
+        Args:
+            num_features: number of channels of the input.
+            use_running_average: true in evaluation, false in training; `.train()`, `.eval()` and
+                `nnx.view` set it, and the call may give another, which wins.
+            axis: the channel axis. The first axis is the batch's.
+            momentum: the weight of the old running average.
+            epsilon: added to the variance, inside the root.
+            dtype: of the result; by default what the input and the parameters, if any, promote to.
+            param_dtype: of the parameters.
+            use_bias: whether to learn a bias.
+            use_scale: whether to learn a scale.
+            bias_init: initializer of the bias.
+            scale_init: initializer of the scale.
+            axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
+            axis_index_groups: groups of devices of that axis which pool among themselves.
+            running_variance: which variance enters the running average, see
+                `bcn_flax.linen.BatchNorm`.
+            update_stats: whether a call moves the running averages; None is in training only.
+            rngs: random numbers for the initializers.
+            bias_metadata: of the bias, for example its sharding.
+            scale_metadata: of the scale.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        checks.momentum(momentum)
+        checks.epsilon(epsilon)
+        checks.running_variance(running_variance)
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        # What an NNX module holds besides arrays must be hashable, and lists are not.
+        self.axis_index_groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
+        self.running_variance = running_variance
+        self.update_stats = update_stats
+        shape, stats_dtype = (num_features,), jnp.promote_types(param_dtype, jnp.float32)
+        self.mean = nnx.BatchStat(jnp.zeros(shape, stats_dtype))
+        self.var = nnx.BatchStat(jnp.ones(shape, stats_dtype))
+        self.scale = _parameter(use_scale, scale_init, shape, param_dtype, scale_metadata, rngs)
+        self.bias = _parameter(use_bias, bias_init, shape, param_dtype, bias_metadata, rngs)
+
+    def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
+        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
+        checks.num_features(m.mean.shape[1], self.num_features)
+        if not (use_running_average or self.axis_name):
+            checks.several_values(m.mean.shape[0], m.size)
+        pooled, stats = layer.batch_norm_moments(
+            self,
+            m,
+            (self.mean[...], self.var[...]),
+            use_running_average=use_running_average,
+            update_stats=update_stats,
+            axis_name=self.axis_name,
+        )
+        if update_stats:
+            self.mean[...], self.var[...] = stats
+        return norms.batch_norm(pooled, _learned(self, self.num_features), self.epsilon)
+
+
+class EstimatedBatchNorm(BatchNorm):
+    """`bcn_flax.linen.EstimatedBatchNorm` in NNX; arguments and variables of `BatchNorm`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from bcn_flax.nnx import EstimatedBatchNorm
+        >>> y = EstimatedBatchNorm(32, rngs=nnx.Rngs(0))(jnp.ones((1, 8, 8, 32)))
+    """
+
+    estimates: ClassVar[bool] = True
+
+
+class ChannelNorm(nnx.Module):
+    """`bcn_flax.linen.ChannelNorm` in NNX: one scale and bias for each group.
+
+    Parameters are `scale` and `bias`, `(groups,)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from bcn_flax.nnx import ChannelNorm
+        >>> y = ChannelNorm(32, num_groups=8, rngs=nnx.Rngs(0))(jnp.ones((2, 4, 4, 32)))
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: int | None = 32,
+        group_size: int | None = None,
+        *,
+        axis: int = -1,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros,
+        scale_init: Initializer = initializers.ones,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NOTHING,
+        scale_metadata: Mapping[str, Any] = _NOTHING,
+    ) -> None:
+        """Start from scale 1 and bias 0.
+
+        Args:
+            num_features: number of channels of the input.
+            num_groups: number of groups of consecutive channels.
+            group_size: number of channels in a group; set `num_groups=None` to give this instead.
+            axis: the channel axis. The first axis is the batch's.
+            epsilon: added to the variance, inside the root.
+            dtype: of the result; by default what the input and the parameters, if any, promote to.
+            param_dtype: of the parameters.
+            use_bias: whether to learn a bias.
+            use_scale: whether to learn a scale.
+            bias_init: initializer of the bias.
+            scale_init: initializer of the scale.
+            rngs: random numbers for the initializers.
+            bias_metadata: of the bias, for example its sharding.
+            scale_metadata: of the scale.
+
+        Raises:
+            ValueError: epsilon is out of its range, or groups do not divide the channels.
+        """
+        checks.epsilon(epsilon)
+        self.num_features = num_features
+        self.num_groups = checks.group_count(num_features, num_groups, group_size)
+        self.axis = axis
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        shape = (self.num_groups,)
+        self.scale = _parameter(use_scale, scale_init, shape, param_dtype, scale_metadata, rngs)
+        self.bias = _parameter(use_bias, bias_init, shape, param_dtype, bias_metadata, rngs)
+
+    def __call__(
+        self, x: Float[Array, "n *space c"], *, mask: Bool[Array, "..."] | None = None
+    ) -> Float[Array, "n *space c"]:
+        """Normalize `x`; `mask` is true at the values that count in the moments.
+
+        Raises:
+            ValueError: bad input.
+        """
+        return layer.call(self, x, mask, self.affine)
+
+    def affine(self, m: Moments) -> Affine:
+        """The map to apply to an input with moments `m`."""
+        checks.num_features(m.mean.shape[1], self.num_features)
+        return norms.channel_norm(m, _learned(self, self.num_groups), self.epsilon)
+
+
+class BatchChannelNorm(_WithRunningAverages):
+    """`bcn_flax.linen.BatchChannelNorm` in NNX: a drop-in replacement for `flax.nnx.BatchNorm`.
+
+    Its parts are modules: `batch_norm`, with parameters and statistics `(num_features,)`, and
+    `channel_norm`, with parameters `(groups,)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from bcn_flax.nnx import BatchChannelNorm
+        >>> layer = BatchChannelNorm(32, num_groups=8, rngs=nnx.Rngs(0))
+        >>> y = layer(jnp.ones((1, 8, 8, 32)))  # training: the statistics move
+        >>> layer.eval()
+        >>> y = layer(y)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        num_groups: int | None = 32,
+        group_size: int | None = None,
+        estimate: bool = True,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        batch_epsilon: float | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros,
+        scale_init: Initializer = initializers.ones,
+        axis_name: str | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        running_variance: RunningVariance = "biased",
+        update_stats: bool | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = _NOTHING,
+        scale_metadata: Mapping[str, Any] = _NOTHING,
+    ) -> None:
+        """Make the two norms.
+
+        Args:
+            num_features: number of channels of the input.
+            num_groups: number of groups of consecutive channels.
+            group_size: number of channels in a group; set `num_groups=None` to give this instead.
+            estimate: whether the batch norm normalizes by the running averages in training too
+                (`EstimatedBatchNorm`), or by the batch (`BatchNorm`), which wants large batches.
+            use_running_average: true in evaluation, false in training; `.train()`, `.eval()` and
+                `nnx.view` set it, and the call may give another, which wins.
+            axis: the channel axis. The first axis is the batch's.
+            momentum: the weight of the old running average.
+            epsilon: added to both variances, inside the root.
+            batch_epsilon: epsilon of the batch norm, where it is not that of the channel norm.
+            dtype: of the result; by default what the input and the parameters, if any, promote to.
+            param_dtype: of the parameters.
+            use_bias: whether to learn biases, in both norms.
+            use_scale: whether to learn scales, in both norms.
+            bias_init: initializer of the channel norm's bias; the batch norm's starts at 0.
+            scale_init: initializer of the channel norm's scale; the batch norm's starts at 1. Zeros
+                make a residual branch start as the identity.
+            axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
+            axis_index_groups: groups of devices of that axis which pool among themselves.
+            running_variance: which variance enters the running average, see
+                `bcn_flax.linen.BatchNorm`.
+            update_stats: whether a call moves the running averages; None is in training only.
+            rngs: random numbers for the initializers.
+            bias_metadata: of both biases, for example their sharding.
+            scale_metadata: of both scales.
+
+        Raises:
+            ValueError: an argument is out of its range, or groups do not divide the channels.
+        """
+        self.num_features = num_features
+        self.axis = axis
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        shared: dict[str, Any] = {
+            "axis": axis,
+            "param_dtype": param_dtype,
+            "use_bias": use_bias,
+            "use_scale": use_scale,
+            "bias_metadata": bias_metadata,
+            "scale_metadata": scale_metadata,
+            "rngs": rngs,
+        }
+        self.batch_norm = (EstimatedBatchNorm if estimate else BatchNorm)(
+            num_features,
+            use_running_average=use_running_average,
+            momentum=momentum,
+            epsilon=epsilon if batch_epsilon is None else batch_epsilon,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            running_variance=running_variance,
+            update_stats=update_stats,
+            **shared,
+        )
+        self.channel_norm = ChannelNorm(
+            num_features,
+            num_groups,
+            group_size,
+            epsilon=epsilon,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            **shared,
+        )
+
+    @property
+    def use_running_average(self) -> bool | None:
+        """Whether to evaluate: the batch norm's."""
+        return self.batch_norm.use_running_average
+
+    @use_running_average.setter
+    def use_running_average(self, value: bool | None) -> None:
+        self.batch_norm.use_running_average = value
+
+    @property
+    def update_stats(self) -> bool | None:
+        """Whether a call moves the running averages: the batch norm's."""
+        return self.batch_norm.update_stats
+
+    @update_stats.setter
+    def update_stats(self, value: bool | None) -> None:
+        self.batch_norm.update_stats = value
+
+    def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
+        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
+        f = self.batch_norm.affine(m, use_running_average, update_stats)
+        return chain(f, self.channel_norm.affine(push(f, m)))
+
+
+class _StandardizedKernel(nnx.Module):
+    """Use the kernel standardized. What is stored, and trained, is the raw one.
+
+    Flax passes the kernel through `promote_dtype` before it uses it: here it is standardized first.
+    """
+
+    kernel: nnx.Param[Array]
+
+    def __init__(
+        self,
+        *args: Any,
+        standardization: Standardization = Standardization(),
+        **kwargs: Any,
+    ) -> None:
+        """Take the arguments of the Flax layer; `standardization` says how."""
+        super().__init__(*args, **kwargs)
+        self.standardization = standardization
+        raw = self.kernel[...]
+        checks.fan_in(raw.shape, self._out_axis)
+        shape = (raw.shape[self._out_axis],)
+        self.gain = (
+            nnx.Param(jnp.ones(shape, raw.dtype)) if standardization.gain else nnx.data(None)
+        )
+
+    @property
+    def promote_dtype(self) -> PromoteDtypeFn:
+        """Standardize the kernel, then do what `promote_dtype` does."""
+        return self._standardize_and_promote
+
+    @promote_dtype.setter
+    def promote_dtype(self, promote: PromoteDtypeFn) -> None:
+        self._promote_dtype = promote
+
+    @property
+    def _out_axis(self) -> int:
+        # The kernel of a transposed convolution may have its last two axes exchanged.
+        return -2 if getattr(self, "transpose_kernel", False) else -1
+
+    def _standardize_and_promote(
+        self, values: tuple[Array, Array, Array | None], /, **kwargs: Any
+    ) -> Any:
+        # Flax has multiplied the kernel by its mask of zeros and ones. Beginning with the raw one,
+        # and multiplying in the end, is what happens in linen, to the last bit of the gradients.
+        x, _, bias = values
+        mask = getattr(self, "mask", None)
+        kernel = standardize_kernel(
+            self.kernel[...],
+            self.standardization,
+            gain=None if self.gain is None else self.gain[...],
+            axis=self._out_axis,
+            mask=None if mask is None else jnp.asarray(mask) != 0,
+        )
+        if mask is not None:
+            kernel *= mask
+        return self._promote_dtype((x, kernel, bias), **kwargs)
+
+
+class WSConv(_StandardizedKernel, nnx.Conv):
+    """`bcn_flax.linen.WSConv` in NNX: `flax.nnx.Conv` with weight standardization.
+
+    Takes every argument of `nnx.Conv` and has its parameters; `standardization` says how, see
+    `Standardization`. The kernel is standardized in float32 or wider before it is cast to `dtype`,
+    on the fly: the parameter stays raw.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from bcn_flax.nnx import WSConv
+        >>> y = WSConv(3, 64, kernel_size=(3, 3), rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 3)))
+    """
+
+
+class WSConvTranspose(_StandardizedKernel, nnx.ConvTranspose):
+    """`flax.nnx.ConvTranspose` with weight standardization, as `WSConv`."""
+
+
+class WSDense(_StandardizedKernel, nnx.Linear):
+    """`flax.nnx.Linear` with weight standardization, as `WSConv`."""
+
+
+def _parameter(
+    wanted: bool,
+    init: Initializer,
+    shape: tuple[int, ...],
+    dtype: Dtype,
+    metadata: Mapping[str, Any],
+    rngs: nnx.Rngs,
+) -> nnx.Param[Array] | None:
+    if not wanted:
+        return nnx.data(None)  # what is absent is still data: a parameter may take its place
+    return nnx.Param(init(rngs.params(), shape, dtype), **metadata)
+
+
+def _learned(norm: BatchNorm | ChannelNorm, size: int) -> Affine:
+    """The scale and bias of a norm as a map, `(1, size)`."""
+    scale, bias = (None if p is None else p[...] for p in (norm.scale, norm.bias))
+    return layer.learned(scale, bias, size, norm.param_dtype)

@@ -1,0 +1,111 @@
+"""Weight standardization: the kernel of a layer, normalized as if it were the one sample."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from bcn_flax import checks
+from bcn_flax.affine import Affine, Moments, apply, moments, widen
+from bcn_flax.norms import unbiased
+
+EpsilonRole = Literal["added_to_variance", "added_to_deviation", "least_variance"]
+
+
+class Standardization(NamedTuple):
+    """How to standardize a kernel: what the published codes differ in.
+
+        w_hat = gamma * gain * (w - mean) / divisor
+
+    with mean and variance over the `N` weights of an output channel. `bcn_flax.variants.WS` has the
+    published ones by name. By default that of the authors' ImageNet code for this method, which is
+    also the annotated implementation's.
+
+    Attributes:
+        unbiased: whether the variance has Bessel's correction, `N / (N - 1)`.
+        epsilon: keeps the divisor away from 0.
+        epsilon_role: the divisor is, where `s` is 1, or `N` with `fan_in_scaling`:
+            "added_to_variance": `sqrt(s * (var + epsilon))`;
+            "added_to_deviation": `sqrt(s) * (sqrt(var) + epsilon)`;
+            "least_variance": `sqrt(max(s * var, epsilon))`.
+        fan_in_scaling: whether the result has variance `1 / N` instead of 1, so that the layer
+            keeps the variance of its input.
+        gain: whether the layer learns a gain for each output channel, `(out,)`, which starts at 1.
+        gamma: a constant factor; networks without norms use that of their activation.
+    """
+
+    unbiased: bool = True
+    epsilon: float = 1e-5
+    epsilon_role: EpsilonRole = "added_to_variance"
+    fan_in_scaling: bool = False
+    gain: bool = False
+    gamma: float = 1.0
+
+
+def standardize_kernel(
+    kernel: Float[Array, "*fan_in c"],
+    standardization: Standardization = Standardization(),
+    *,
+    gain: Float[Array, " c"] | None = None,
+    axis: int = -1,
+    mask: Bool[Array, "*fan_in c"] | None = None,
+) -> Float[Array, "*fan_in c"]:
+    """Weight standardization: give the weights of each output channel mean 0 and variance 1.
+
+    By default `(w - mean) / sqrt(var + 1e-5)` over all axes but the output channel, with the
+    unbiased variance: the algebra of the activations, with the kernel as the one sample. Computed
+    in float32 or wider, returned in the kernel's dtype.
+
+    Args:
+        kernel: of a dense layer, `(in, out)`, or of a convolution, `(*window, in, out)`.
+        standardization: which of the published definitions.
+        gain: a factor for each output channel.
+        axis: the output channel's.
+        mask: true where a weight counts, shaped as the kernel; the others come out as 0.
+
+    Raises:
+        ValueError: an output channel has a single weight, whose variance is not defined, or a
+            number of `standardization` is out of its range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bcn_flax import standardize_kernel
+        >>> standardize_kernel(jnp.array([[1.0], [2.0], [3.0]])).round(3).ravel().tolist()
+        [-1.0, 0.0, 1.0]
+
+    Source: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
+    Standardization", arXiv 1903.10520; unbiased variance and epsilon inside the root as in the
+    authors' ImageNet code (`imagenet/models/layers.py`).
+    """
+    checks.fan_in(kernel.shape, axis)
+    checks.standardization(
+        standardization.epsilon_role, standardization.epsilon, standardization.gamma
+    )
+    sample = widen(kernel[None])
+    axis = axis % kernel.ndim + 1
+    m = moments(sample, axis, None if mask is None else mask[None])
+    scale = _inverse_divisor(m, standardization)
+    if gain is not None:
+        scale = scale * widen(gain)[None]
+    standardized = apply(Affine(scale, -m.mean * scale), sample, axis, kernel.dtype)[0]
+    return standardized if mask is None else jnp.where(mask, standardized, 0)
+
+
+def _inverse_divisor(m: Moments, how: Standardization) -> Array:
+    var = unbiased(m) if how.unbiased else m.var
+    s = jnp.maximum(m.size, 1) if how.fan_in_scaling else 1
+    match how.epsilon_role:
+        case "added_to_variance":
+            inverse = lax.rsqrt(s * (var + how.epsilon))
+        case "added_to_deviation":
+            inverse = 1 / (jnp.sqrt(s) * (_root(var) + how.epsilon))
+        case "least_variance":
+            inverse = lax.rsqrt(jnp.maximum(s * var, how.epsilon))
+    return how.gamma * inverse
+
+
+def _root(var: Array) -> Array:
+    """The square root, whose derivative at 0 is taken as 0: a constant kernel has a gradient."""
+    positive = var > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)
