@@ -1,0 +1,358 @@
+"""Folding and recalibration of linen models."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax import export
+
+from bcn_flax import (
+    BatchChannelNorm,
+    BatchNorm,
+    EstimatedBatchNorm,
+    WSConv,
+    WSConvTranspose,
+    WSDense,
+)
+from bcn_flax.models import VGG
+from bcn_flax.surgery.linen import fold, recalibrate
+from bcn_flax.variants import WS
+from parity_tests.test_drop_in import ResNet
+from parity_tests.tolerances import assert_close
+from parity_tests.twins import random_variables
+
+RNG = np.random.default_rng(0)
+IMAGES = jnp.asarray(RNG.normal(1, 2, (4, 8, 8, 3)), jnp.float32)
+NORM = partial(BatchChannelNorm, num_groups=2, use_running_average=True)
+
+
+class Net(nn.Module):
+    """Layers in a row, as they are given."""
+
+    layers: tuple[Any, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def variables_of(model, x=IMAGES, **call):
+    return random_variables(model, x, np.random.default_rng(1), **call)
+
+
+def assert_folds(model, variables, x=IMAGES, ulps=256, **call):
+    """The folded model gives the same output, to the roundings of a few sums of some 100 terms."""
+    folded = fold(model, variables, x, **call)
+    expected = jax.jit(partial(model.apply, **call))(variables, x)
+    actual = jax.jit(partial(folded.apply, **call))(folded.variables, x)
+    assert_close(actual, expected, ulps=ulps, dtype=expected.dtype)
+    return folded
+
+
+def names_of(variables):
+    return {"/".join(path[1:]) for path in flatten_dict(variables)}
+
+
+@pytest.mark.parametrize("ws", [True, False])
+@pytest.mark.parametrize("norm", ["bcn", "bn"])
+def test_a_vgg_folds(norm, ws):
+    model = VGG(((8, 8), (16,)), norm=norm, ws=ws, num_groups=4)
+    variables = variables_of(model, train=False)
+    folded = assert_folds(model, variables, train=False)
+    channel_norms = {
+        f"layers_{i}/channel_norm/{leaf}"
+        for i in ((1, 4, 8) if norm == "bcn" else ())
+        for leaf in ("scale", "bias")
+    }
+    dense = {
+        f"{name}/{leaf}"
+        for name in ("layers_0", "layers_3", "layers_7", "fc")
+        for leaf in ("kernel", "bias")
+    }
+    assert names_of(folded.variables) == dense | channel_norms
+    assert "batch_stats" not in folded.variables
+
+
+def test_a_residual_network_folds():
+    """Convolutions without a bias get one; those before an addition have their own norm."""
+    model = ResNet(BatchChannelNorm, WSConv)
+    variables = variables_of(model, train=False)
+    folded = assert_folds(model, variables, ulps=1024, train=False)  # seven layers
+    names = names_of(folded.variables)
+    assert "ResidualBlock_1/conv_proj/bias" in names
+    assert not any("batch_norm" in name for name in names)
+
+
+LAYERS = {
+    "one space axis": ((WSConv(6, (3,)), NORM()), (2, 7, 4)),
+    "three space axes": ((WSConv(6, (3, 2, 3)), NORM()), (2, 4, 4, 4, 4)),
+    "grouped": ((WSConv(6, (3, 3), feature_group_count=2), NORM()), (2, 5, 5, 4)),
+    "masked": (
+        (WSConv(6, (3, 3), mask=jnp.ones((3, 3, 4, 6)).at[1:].set(0)), NORM()),
+        (2, 5, 5, 4),
+    ),
+    "transposed": ((WSConvTranspose(6, (3, 3), (2, 2)), NORM()), (2, 5, 5, 4)),
+    "transposed kernel": (
+        (WSConvTranspose(6, (3, 3), transpose_kernel=True), NORM()),
+        (2, 5, 5, 4),
+    ),
+    "dense": ((WSDense(6), NORM()), (5, 4)),
+    "with a gain": ((WSConv(6, (3, 3), standardization=WS["nfnet"]), NORM()), (2, 5, 5, 4)),
+    "plain convolution": ((nn.Conv(6, (3, 3), use_bias=False), NORM()), (2, 5, 5, 4)),
+    "batch norm": ((WSConv(6, (3, 3)), BatchNorm(True)), (2, 5, 5, 4)),
+    "estimated": ((WSConv(6, (3, 3)), EstimatedBatchNorm(True)), (2, 5, 5, 4)),
+    "without scale and bias": (
+        (WSConv(6, (3, 3)), NORM(use_scale=False, use_bias=False)),
+        (2, 5, 5, 4),
+    ),
+    "its own epsilon": ((WSConv(6, (3, 3)), NORM(batch_epsilon=0.5)), (2, 5, 5, 4)),
+    "group size": ((WSConv(6, (3, 3)), NORM(num_groups=None, group_size=2)), (2, 5, 5, 4)),
+    "no norm": ((WSConv(6, (3, 3)), nn.relu, WSConv(5, (1, 1))), (2, 5, 5, 4)),
+}
+
+
+@pytest.mark.parametrize(("layers", "shape"), LAYERS.values(), ids=LAYERS)
+def test_every_layer_folds(layers, shape):
+    x = jnp.asarray(RNG.normal(1, 2, shape), jnp.float32)
+    model = Net(layers)
+    variables = variables_of(model, x)
+    folded = assert_folds(model, variables, x)
+    before, after = (
+        sum(leaf.size for leaf in jax.tree.leaves(v)) for v in (variables, folded.variables)
+    )
+    assert after <= before
+    assert not any("batch_norm" in name for name in names_of(folded.variables))
+
+
+def test_the_result_is_the_definition_in_float64(x64):
+    """Not a copy of what the layers do: the kernel and bias by NumPy."""
+    model = Net((WSConv(6, (3, 3)), NORM(param_dtype=jnp.float64)))
+    variables = variables_of(model, IMAGES.astype(jnp.float64))
+    folded = fold(model, variables, IMAGES.astype(jnp.float64))
+    params, stats = (
+        jax.tree.map(lambda v: np.asarray(v, np.float64), variables[name])
+        for name in ("params", "batch_stats")
+    )
+    kernel = params["layers_0"]["kernel"]
+    flat = kernel.reshape(-1, 6)
+    kernel = (kernel - flat.mean(0)) / np.sqrt(flat.var(0, ddof=1) + 1e-5)
+    norm, moments = params["layers_1"]["batch_norm"], stats["layers_1"]["batch_norm"]
+    scale = norm["scale"] / np.sqrt(moments["var"] + 1e-5)
+    bias = (params["layers_0"]["bias"] - moments["mean"]) * scale + norm["bias"]
+    actual = folded.variables["params"]["layers_0"]
+    assert_close(actual["kernel"], kernel * scale, ulps=2, dtype=np.float32)
+    assert_close(actual["bias"], bias, ulps=2, dtype=np.float32)
+
+
+def test_what_is_shared_or_apart_stays_as_it_is():
+    """A convolution that is called twice, and a norm that follows an addition."""
+
+    class Odd(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            conv = WSConv(3, (3, 3), name="twice")
+            x = NORM(num_groups=3, name="after_twice")(conv(conv(x)))
+            return NORM(num_groups=3, name="after_sum")(x + WSConv(3, (3, 3), name="once")(x))
+
+    model = Odd()
+    variables = variables_of(model)
+    folded = assert_folds(model, variables)
+    assert folded.norms == frozenset()
+    assert set(folded.convolutions) == {("twice",), ("once",)}
+    jax.tree.map(
+        np.testing.assert_array_equal, folded.variables["batch_stats"], variables["batch_stats"]
+    )
+
+
+def test_layers_under_scan_stay_as_they_are():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return NORM(num_groups=3)(WSConv(3, (3, 3))(x)), None
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = NORM(num_groups=3)(WSConv(3, (3, 3))(x))
+            scan = nn.scan(
+                Block,
+                variable_axes={"params": 0, "batch_stats": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
+            return scan()(x, None)[0]
+
+    model = Deep()
+    folded = assert_folds(model, variables_of(model), ulps=1024)
+    assert set(folded.convolutions) == {("WSConv_0",)}
+
+
+def test_layers_under_remat_fold():
+    class Net2(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.remat(Net)((WSConv(6, (3, 3)), NORM()))(x)
+
+    model = Net2()
+    folded = assert_folds(model, variables_of(model))
+    assert len(folded.norms) == 1
+
+
+def test_an_output_that_goes_elsewhere_too_is_refused():
+    class Fork(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = WSConv(4, (3, 3))(x)
+            return NORM()(y) + y
+
+    model = Fork()
+    with pytest.raises(ValueError, match=r"(?s)same output.*differ by.*goes somewhere else too"):
+        fold(model, variables_of(model), IMAGES)
+
+
+def test_training_is_refused():
+    model = Net((WSConv(4, (3, 3)), NORM(use_running_average=False)))
+    with pytest.raises(ValueError, match="layers_1 was in training"):
+        fold(model, variables_of(model), IMAGES)
+
+
+def test_nothing_to_fold_is_refused():
+    model = Net((nn.Conv(4, (3, 3)), nn.relu, NORM()))
+    with pytest.raises(ValueError, match="something to fold"):
+        fold(model, variables_of(model), IMAGES)
+
+
+def test_bfloat16_parameters_round_once():
+    conv = WSConv(6, (3, 3), param_dtype=jnp.bfloat16)
+    model = Net((conv, NORM(param_dtype=jnp.bfloat16)))
+    x = IMAGES.astype(jnp.bfloat16)
+    folded = assert_folds(model, variables_of(model, x), x, ulps=8)
+    assert {v.dtype for v in jax.tree.leaves(folded.variables)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("form", ["unfolded", "folded"])
+def test_it_exports(form):
+    """Saved as StableHLO and loaded, both give what they give here; for any number of images."""
+    model = VGG(((8,), (16,)), num_groups=4)
+    variables = variables_of(model, train=False)
+    if form == "folded":
+        model = fold(model, variables, IMAGES, train=False)
+        variables = model.variables
+    forward = jax.jit(partial(model.apply, train=False))
+    (n,) = export.symbolic_shape("n")
+    images = jax.ShapeDtypeStruct((n, 8, 8, 3), jnp.float32)
+    exported = export.export(forward)(jax.eval_shape(lambda: variables), images)
+    loaded = export.deserialize(exported.serialize())
+    np.testing.assert_allclose(
+        loaded.call(variables, IMAGES), forward(variables, IMAGES), rtol=1e-5, atol=1e-5
+    )
+
+
+DEEP = Net((nn.Conv(6, (3, 3)), NORM(), nn.relu, nn.Conv(4, (3, 3)), BatchNorm(True), nn.relu))
+
+
+def inputs_of_norms(model, variables, x, **call):
+    """What each batch norm measures in evaluation, by its path."""
+    seen = {}
+
+    def watch(next_fun, args, kwargs, context):
+        if isinstance(context.module, BatchNorm) and context.method_name == "affine":
+            seen[context.module.path] = args[0]
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        model.apply(variables, x, **call)
+    return seen
+
+
+class TestRecalibration:
+    def test_one_batch_makes_the_network_agree_with_itself(self):
+        """In evaluation each norm measures the very moments that it normalizes by."""
+        variables = recalibrate(DEEP, variables_of(DEEP), [IMAGES])
+        for path, m in inputs_of_norms(DEEP, variables, IMAGES).items():
+            stats = variables["batch_stats"]
+            for name in path:
+                stats = stats[name]
+            mean = m.mean.mean(0)
+            var = (m.var + (m.mean - mean[None]) ** 2).mean(0)
+            assert_close(stats["mean"], mean, ulps=64, dtype=np.float32, scale=1)
+            assert_close(stats["var"], var, ulps=64, dtype=np.float32)
+
+    @pytest.mark.parametrize("variance", ["biased", "unbiased", "around_running_mean"])
+    def test_several_batches_average_by_their_samples(self, variance):
+        layer = BatchNorm(True, running_variance=variance)
+        x = np.asarray(RNG.normal(3, 2, (6, 5, 4)), np.float64)
+        batches = [x[:1], x[1:3], x[3:]]
+        variables = layer.init(jax.random.key(0), jnp.asarray(x, jnp.float32))
+        stats = recalibrate(layer, variables, [jnp.asarray(b, jnp.float32) for b in batches])
+        stats = stats["batch_stats"]
+        expected = {
+            "biased": sum(len(b) * b.var((0, 1)) for b in batches) / 6,
+            "unbiased": sum(len(b) * b.reshape(-1, 4).var(0, ddof=1) for b in batches) / 6,
+            "around_running_mean": x.var((0, 1)),
+        }[variance]
+        assert_close(stats["mean"], x.mean((0, 1)), ulps=16, dtype=np.float32)
+        assert_close(stats["var"], expected, ulps=16, dtype=np.float32)
+
+    def test_what_was_there_before_is_forgotten(self):
+        """NaN too."""
+        variables = variables_of(DEEP)
+        expected = recalibrate(DEEP, variables, [IMAGES, IMAGES[:2]])
+        spoilt = jax.tree.map(lambda s: jnp.full_like(s, jnp.nan), variables["batch_stats"])
+        actual = recalibrate(DEEP, {**variables, "batch_stats": spoilt}, [IMAGES, IMAGES[:2]])
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+    def test_only_the_statistics_change_and_in_a_copy(self):
+        variables = variables_of(DEEP)
+        before = jax.tree.map(np.array, variables)
+        after = recalibrate(DEEP, variables, [IMAGES])
+        jax.tree.map(np.testing.assert_array_equal, variables, before)
+        jax.tree.map(np.testing.assert_array_equal, after["params"], before["params"])
+        changed = jax.tree.map(
+            lambda a, b: (a != b).any(), after["batch_stats"], before["batch_stats"]
+        )
+        assert all(jax.tree.leaves(changed))
+
+    def test_a_model_takes_its_other_arguments(self):
+        class Two(nn.Module):
+            @nn.compact
+            def __call__(self, x, y, train):
+                return BatchChannelNorm(num_groups=3, use_running_average=not train)(x + y)
+
+        model = Two()
+        variables = model.init(jax.random.key(0), IMAGES, IMAGES, train=False)
+        for train in (False, True):
+            stats = recalibrate(model, variables, [(IMAGES, 2 * IMAGES)], train=train)
+            mean = stats["batch_stats"]["BatchChannelNorm_0"]["batch_norm"]["mean"]
+            assert_close(mean, 3 * IMAGES.mean((0, 1, 2)), ulps=16, dtype=np.float32)
+
+    def test_a_network_trained_by_micro_batches_evaluates_better(self):
+        """Averages of a rate that is too slow are far from the data; recalibrated they are near."""
+        model = BatchChannelNorm(num_groups=1, use_running_average=True)
+        x = IMAGES * jnp.asarray([1.0, 10.0, 100.0]).reshape(1, 1, 1, 3) + 50
+        variables = recalibrate(model, model.init(jax.random.key(0), x), x[:, None])
+        y = np.asarray(model.apply(variables, x))
+        assert np.abs(y.mean((0, 1, 2))).max() < 0.05
+        assert np.abs(y.std((0, 1, 2)) - 1).max() < 0.2
+
+    @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+    def test_a_batch_that_is_not_finite_is_refused(self, bad):
+        batches = [IMAGES, IMAGES.at[0, 0, 0, 0].set(bad)]
+        with pytest.raises(ValueError, match="infinite or NaN"):
+            recalibrate(DEEP, variables_of(DEEP), batches)
+
+    def test_no_batches_are_refused(self):
+        with pytest.raises(ValueError, match="at least one batch"):
+            recalibrate(DEEP, variables_of(DEEP), [])
+
+    def test_a_model_without_such_norms_is_refused(self):
+        model = Net((nn.Conv(4, (3, 3)),))
+        with pytest.raises(ValueError, match="norms of this library"):
+            recalibrate(model, variables_of(model), [IMAGES])

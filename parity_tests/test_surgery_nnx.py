@@ -1,0 +1,342 @@
+"""Conversion, folding and recalibration of NNX models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax import export
+from sklearn.datasets import load_digits
+
+from bcn_flax.linen import BatchChannelNorm as LinenBatchChannelNorm
+from bcn_flax.nnx import (
+    BatchChannelNorm,
+    BatchNorm,
+    ChannelNorm,
+    WSConv,
+    WSConvTranspose,
+    WSDense,
+)
+from bcn_flax.surgery import linen
+from bcn_flax.surgery.nnx import convert_batch_norm, fold, recalibrate
+from bcn_flax.variants import WS
+from parity_tests.tolerances import assert_close
+
+RNG = np.random.default_rng(0)
+IMAGES = jnp.asarray(RNG.normal(1, 2, (4, 8, 8, 3)), jnp.float32)
+
+
+class CNN(nnx.Module):
+    """Written for `nnx.BatchNorm`: a residual block, named so that order does not give it away."""
+
+    def __init__(self, in_features=3, width=24, *, rngs):
+        self.b_conv = nnx.Conv(in_features, width, (3, 3), rngs=rngs)
+        self.a_norm = nnx.BatchNorm(width, rngs=rngs)
+        self.layers = nnx.List(
+            [
+                nnx.Conv(width, width, (3, 3), use_bias=False, rngs=rngs),
+                nnx.BatchNorm(width, momentum=0.8, epsilon=1e-3, rngs=rngs),
+                nnx.Conv(width, width, (1, 1), rngs=rngs),
+            ]
+        )
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.fc = nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.a_norm(self.b_conv(x)))
+        y = nnx.relu(self.layers[1](self.layers[0](x)))
+        x = x + self.layers[2](y)
+        return self.fc(self.dropout(x.mean((1, 2))))
+
+
+def randomized(model):
+    """With no parameter or statistic at its initial value."""
+    rng = np.random.default_rng(1)
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    draw = jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.5, 1.5, v.shape), v.dtype), state)
+    nnx.update(model, draw)
+    return model
+
+
+def snapshot(model):
+    return jax.tree.map(np.array, nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+
+
+def assert_unchanged(model, before):
+    jax.tree.map(np.testing.assert_array_equal, snapshot(model), before)
+
+
+class TestConversion:
+    def test_norms_and_the_convolutions_before_them_carry_all_over(self):
+        model = randomized(CNN(rngs=nnx.Rngs(0)))
+        before = snapshot(model)
+        converted = convert_batch_norm(model, IMAGES, num_groups=8)
+        assert_unchanged(model, before)
+        kinds = [type(m) for m in (converted.b_conv, converted.a_norm, *converted.layers)]
+        assert kinds == [WSConv, BatchChannelNorm, WSConv, BatchChannelNorm, nnx.Conv]
+        for old, new in ((model.a_norm, converted.a_norm), (model.layers[1], converted.layers[1])):
+            for name in ("scale", "bias", "mean", "var"):
+                carried, original = getattr(new.batch_norm, name), getattr(old, name)
+                assert type(carried) is type(original)
+                np.testing.assert_array_equal(carried[...], original[...])
+            assert new.batch_norm.momentum == old.momentum
+            assert new.batch_norm.epsilon == new.channel_norm.epsilon == old.epsilon
+            assert new.channel_norm.num_groups == 8
+        assert not converted.layers[0].use_bias
+        np.testing.assert_array_equal(converted.b_conv.kernel[...], model.b_conv.kernel[...])
+
+    def test_the_copy_shares_nothing_with_the_original(self):
+        model = CNN(rngs=nnx.Rngs(0))
+        before = snapshot(model)
+        converted = convert_batch_norm(model, IMAGES, num_groups=8)
+        nnx.update(converted, jax.tree.map(jnp.zeros_like, nnx.state(converted, nnx.Param)))
+        converted.train()
+        converted(IMAGES)
+        assert_unchanged(model, before)
+
+    def test_it_computes_what_its_parts_say(self):
+        """Evaluation by hand, of a convolution and a norm."""
+        rngs = nnx.Rngs(0)
+        model = nnx.Sequential(nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs))
+        randomized(model).eval()
+        converted = convert_batch_norm(model, IMAGES, num_groups=2, ws=False)
+        normalized = ChannelNorm(8, num_groups=2, rngs=rngs)(model(IMAGES))
+        assert_close(converted(IMAGES), normalized, ulps=64, dtype=np.float32)
+
+    @pytest.mark.parametrize("mode", ["train", "eval"])
+    def test_the_mode_is_kept(self, mode):
+        model = CNN(rngs=nnx.Rngs(0))
+        getattr(model, mode)()
+        converted = convert_batch_norm(model, IMAGES, num_groups=8)
+        assert converted.a_norm.use_running_average == (mode == "eval")
+
+    def test_what_a_filter_names_is_left(self):
+        converted = convert_batch_norm(
+            CNN(rngs=nnx.Rngs(0)),
+            IMAGES,
+            num_groups=8,
+            leave=lambda path, module: path in ("a_norm", "layers/0"),
+        )
+        kinds = [type(m) for m in (converted.b_conv, converted.a_norm, *converted.layers)]
+        assert kinds == [nnx.Conv, nnx.BatchNorm, nnx.Conv, BatchChannelNorm, nnx.Conv]
+
+    def test_groups_are_chosen_to_divide(self):
+        converted = convert_batch_norm(CNN(width=36, rngs=nnx.Rngs(0)), IMAGES, num_groups=None)
+        assert converted.a_norm.channel_norm.num_groups == 18
+
+    def test_a_shared_norm_stays_shared(self):
+        class Shared(nnx.Module):
+            def __init__(self, rngs):
+                self.first = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+                self.second = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+                self.norm = nnx.BatchNorm(8, rngs=rngs)
+                self.again = self.norm
+
+            def __call__(self, x):
+                return self.again(self.second(self.norm(self.first(x))))
+
+        converted = convert_batch_norm(Shared(nnx.Rngs(0)), IMAGES, num_groups=2)
+        assert isinstance(converted.norm, BatchChannelNorm)
+        assert converted.norm is converted.again
+
+    def test_a_norm_alone_is_converted(self):
+        converted = convert_batch_norm(nnx.BatchNorm(8, rngs=nnx.Rngs(0)), num_groups=2, ws=False)
+        assert isinstance(converted, BatchChannelNorm)
+
+    def test_all_that_cannot_be_converted_is_listed_and_nothing_is(self):
+        model = CNN(width=20, rngs=nnx.Rngs(0))
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="Every module") as caught:
+            convert_batch_norm(model, IMAGES, num_groups=8)
+        assert str(caught.value) == (
+            "Every module that is to be converted must allow it, but:\n"
+            "  a_norm: num_groups must divide the number of channels, but num_groups=8 and there "
+            "are 20 channels. Any of 1, 2, 4, 5, 10, 20 would do.\n"
+            "  layers/1: num_groups must divide the number of channels, but num_groups=8 and there "
+            "are 20 channels. Any of 1, 2, 4, 5, 10, 20 would do.\n"
+            "Give other arguments, or leave these modules as they are, with the argument leave."
+        )
+        assert_unchanged(model, before)
+
+    def test_a_single_weight_cannot_be_standardized(self):
+        rngs = nnx.Rngs(0)
+        model = nnx.Sequential(
+            nnx.Conv(8, 8, (1, 1), feature_group_count=8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)
+        )
+        with pytest.raises(ValueError, match=r"layers/0: .*at least 2 weights"):
+            convert_batch_norm(model, jnp.ones((2, 4, 4, 8)), num_groups=2)
+
+    def test_an_example_is_needed_to_see_what_comes_before(self):
+        with pytest.raises(ValueError, match=r"example input is needed.*ws=False"):
+            convert_batch_norm(CNN(rngs=nnx.Rngs(0)), num_groups=8)
+
+    def test_a_model_without_batch_norms_is_refused(self):
+        with pytest.raises(ValueError, match="must have an nnx.BatchNorm"):
+            convert_batch_norm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jnp.ones((1, 3)))
+
+    def test_a_converted_network_trains(self):
+        """On digits, in batches of 4, with falling loss."""
+        model = CNN(1, rngs=nnx.Rngs(0))
+        digits, labels = load_digits(return_X_y=True)
+        x = jnp.asarray(digits[:64].reshape(16, 4, 8, 8, 1) / 16, jnp.float32)
+        y = jnp.asarray(labels[:64].reshape(16, 4))
+        model = convert_batch_norm(model, x[0], num_groups=8)
+        recalibrate(model, x)
+        model.train()
+        optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(model, optimizer, x, y):
+            def loss_of(model):
+                logits = model(x)
+                return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+            loss, gradients = nnx.value_and_grad(loss_of)(model)
+            optimizer.update(model, gradients)
+            return loss
+
+        losses = [step(model, optimizer, x[i % 16], y[i % 16]) for i in range(48)]
+        assert np.mean(losses[-16:]) < 0.6 * np.mean(losses[:16])
+
+
+def row(*layers):
+    return nnx.Sequential(*layers)
+
+
+def norm(rngs, **kwargs):
+    return BatchChannelNorm(6, num_groups=2, rngs=rngs, **kwargs)
+
+
+LAYERS = {
+    "one space axis": (lambda r: row(WSConv(4, 6, (3,), rngs=r), norm(r)), (2, 7, 4)),
+    "grouped": (
+        lambda r: row(WSConv(4, 6, (3, 3), feature_group_count=2, rngs=r), norm(r)),
+        (2, 5, 5, 4),
+    ),
+    "masked": (
+        lambda r: row(
+            WSConv(4, 6, (3, 3), mask=jnp.ones((3, 3, 4, 6)).at[1:].set(0), rngs=r), norm(r)
+        ),
+        (2, 5, 5, 4),
+    ),
+    "transposed kernel": (
+        lambda r: row(WSConvTranspose(4, 6, (3, 3), transpose_kernel=True, rngs=r), norm(r)),
+        (2, 5, 5, 4),
+    ),
+    "dense": (lambda r: row(WSDense(4, 6, rngs=r), norm(r)), (5, 4)),
+    "with a gain": (
+        lambda r: row(WSConv(4, 6, (3, 3), standardization=WS["nfnet"], rngs=r), norm(r)),
+        (2, 5, 5, 4),
+    ),
+    "plain convolution": (
+        lambda r: row(nnx.Conv(4, 6, (3, 3), use_bias=False, rngs=r), norm(r, batch_epsilon=0.5)),
+        (2, 5, 5, 4),
+    ),
+    "batch norm": (
+        lambda r: row(WSConv(4, 6, (3, 3), rngs=r), BatchNorm(6, use_scale=False, rngs=r)),
+        (2, 5, 5, 4),
+    ),
+    "no norm": (lambda r: row(WSConv(4, 6, (3, 3), rngs=r), nnx.relu), (2, 5, 5, 4)),
+}
+
+
+class TestFolding:
+    @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+    def test_every_layer_folds(self, make, shape):
+        x = jnp.asarray(RNG.normal(1, 2, shape), jnp.float32)
+        model = randomized(make(nnx.Rngs(0)))
+        before = snapshot(model)
+        folded = fold(model, x)
+        assert_unchanged(model, before)
+        kinds = {type(m) for _, m in nnx.iter_modules(folded)}
+        assert not kinds & {WSConv, WSConvTranspose, WSDense, BatchChannelNorm, BatchNorm}
+        assert not jax.tree.leaves(nnx.state(folded, nnx.BatchStat))
+        model.eval()
+        expected = nnx.jit(lambda model, x: model(x))(model, x)
+        actual = nnx.jit(lambda model, x: model(x))(folded, x)
+        # Some 100 products are summed.
+        assert_close(actual, expected, ulps=256, dtype=np.float32)
+
+    def test_a_converted_network_folds_and_exports(self):
+        model = convert_batch_norm(randomized(CNN(rngs=nnx.Rngs(0))), IMAGES, num_groups=8)
+        model.eval()
+        for form in (model, fold(model, IMAGES)):
+            graphdef, state = nnx.split(form)
+            forward = jax.jit(lambda state, x, g=graphdef: nnx.merge(g, state)(x))
+            exported = export.export(forward)(state, IMAGES)
+            expected = model(IMAGES)
+            assert_close(exported.call(state, IMAGES), expected, ulps=1024, dtype=np.float32)
+
+    def test_an_output_that_goes_elsewhere_too_is_refused(self):
+        class Fork(nnx.Module):
+            def __init__(self, rngs):
+                self.conv, self.norm = WSConv(3, 6, (3, 3), rngs=rngs), norm(rngs)
+
+            def __call__(self, x):
+                y = self.conv(x)
+                return self.norm(y) + y
+
+        with pytest.raises(ValueError, match="goes somewhere else too"):
+            fold(randomized(Fork(nnx.Rngs(0))), IMAGES)
+
+    def test_a_norm_that_is_called_with_flags_stays(self):
+        class Flagged(nnx.Module):
+            def __init__(self, rngs):
+                self.conv, self.norm = WSConv(3, 6, (3, 3), rngs=rngs), norm(rngs)
+
+            def __call__(self, x):
+                return self.norm(self.conv(x), use_running_average=True)
+
+        folded = fold(randomized(Flagged(nnx.Rngs(0))), IMAGES)
+        assert isinstance(folded.norm, BatchChannelNorm)
+        assert type(folded.conv) is nnx.Conv
+
+    def test_nothing_to_fold_is_refused(self):
+        with pytest.raises(ValueError, match="something to fold"):
+            fold(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jnp.ones((1, 3)))
+
+
+class TestRecalibration:
+    def test_it_is_that_of_linen(self):
+        """Bit for bit, over batches of unequal size."""
+        model = BatchChannelNorm(3, num_groups=1, rngs=nnx.Rngs(0))
+        layer = LinenBatchChannelNorm(True, num_groups=1)
+        batches = [IMAGES, 3 * IMAGES[:1]]
+        recalibrate(model, batches)
+        variables = layer.init(jax.random.key(0), IMAGES)
+        stats = linen.recalibrate(layer, variables, batches)["batch_stats"]["batch_norm"]
+        np.testing.assert_array_equal(model.batch_norm.mean[...], stats["mean"])
+        np.testing.assert_array_equal(model.batch_norm.var[...], stats["var"])
+
+    def test_all_but_the_statistics_stays(self):
+        """Parameters, mode, random state; dropout does not disturb."""
+        model = convert_batch_norm(randomized(CNN(rngs=nnx.Rngs(0))), IMAGES, num_groups=8)
+        graphdef, _, rest = nnx.split(model, nnx.BatchStat, ...)
+        recalibrate(model, [IMAGES, IMAGES])
+        after_graphdef, stats, after = nnx.split(model, nnx.BatchStat, ...)
+        assert after_graphdef == graphdef
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(*map(_data, (a, b))), after, rest)
+        recalibrate(model, [IMAGES])
+        assert jax.tree.leaves(stats)
+        jax.tree.map(
+            lambda a, b: assert_close(a, b, ulps=16, dtype=np.float32),
+            nnx.state(model, nnx.BatchStat),
+            stats,
+        )
+
+    @pytest.mark.parametrize("batches", [[], [IMAGES, IMAGES.at[0].set(jnp.nan)]])
+    def test_what_is_refused_changes_nothing(self, batches):
+        model = randomized(BatchChannelNorm(3, num_groups=1, rngs=nnx.Rngs(0)))
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"at least one batch|infinite or NaN"):
+            recalibrate(model, batches)
+        assert_unchanged(model, before)
+
+    def test_a_model_without_such_norms_is_refused(self):
+        with pytest.raises(ValueError, match="norms of this library"):
+            recalibrate(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), [jnp.ones((1, 3))])
+
+
+def _data(value):
+    return jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
