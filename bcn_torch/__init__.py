@@ -14,8 +14,10 @@ from bcn_torch.norms import (
     EstimatedBatchNorm,
     frozen_statistics,
 )
+from bcn_torch.surgery import convert_batch_norm, fold, recalibrate
 from bcn_torch.vgg import VGG
 from bcn_torch.weight_standardization import (
+    Standardization,
     WSConv1d,
     WSConv2d,
     WSConv3d,
@@ -29,10 +31,14 @@ __all__ = [
     "BatchNorm",
     "ChannelNorm",
     "EstimatedBatchNorm",
+    "Standardization",
     "WSConv1d",
     "WSConv2d",
     "WSConv3d",
     "WSLinear",
+    "convert_batch_norm",
+    "fold",
     "frozen_statistics",
+    "recalibrate",
     "standardize_weight",
 ]

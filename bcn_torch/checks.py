@@ -5,10 +5,10 @@ Each message states the rule, the values seen and the way out.
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def activation(x: Tensor, channels: int) -> None:
@@ -117,10 +117,32 @@ def fan_in(shape: Sequence[int]) -> None:
         )
 
 
-def norm_name(norm: str, names: Iterable[str]) -> None:
-    """The norm is one that the network knows."""
-    if norm not in names:
-        raise ValueError(f"norm must be one of {', '.join(map(repr, names))}, but norm={norm!r}.")
+def gamma(value: float) -> None:
+    """A factor of 0 would leave nothing."""
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"gamma must be positive and finite, but gamma={value}. Without a factor it is 1."
+        )
+
+
+def gain(weight_shape: Sequence[int], wanted: bool, value: Tensor | None) -> None:
+    """A gain goes with a standardization that has one, and has a value for each output channel."""
+    expected = (weight_shape[0],) if wanted else None
+    given = None if value is None else tuple(value.shape)
+    if given != expected:
+        raise ValueError(
+            "The gain must be None without Standardization(gain=True), and with it have one value "
+            f"for each output channel: for a weight of shape {tuple(weight_shape)} and "
+            f"gain={wanted} its shape must be {expected}, but it is {given}."
+        )
+
+
+def one_of(argument: str, value: str, names: Iterable[str]) -> None:
+    """The name is a known one."""
+    if value not in names:
+        raise ValueError(
+            f"{argument} must be one of {', '.join(map(repr, names))}, but {argument}={value!r}."
+        )
 
 
 def blocks(value: Sequence[Sequence[int]]) -> None:
@@ -148,4 +170,93 @@ def image_batch(x: Tensor, channels: int, halvings: int) -> None:
             f"The images are {height}x{width}, too small for {halvings} blocks, each of which "
             f"halves them: the smallest size is {smallest}x{smallest}. Use larger images, or fewer "
             "blocks."
+        )
+
+
+def moving_average(momentum: float | None) -> float:
+    """The running estimates are moving averages, which have a momentum: this one."""
+    if momentum is None:
+        raise ValueError(
+            "momentum=None, a cumulative average, has no counterpart here. Give a momentum, for "
+            "example momentum=0.1."
+        )
+    return momentum
+
+
+def not_lazy(module: nn.Module) -> None:
+    """The module knows its size."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        raise ValueError(
+            f"A {type(module).__name__} does not know its size yet. Run the model on a batch first."
+        )
+
+
+def own_forward(module: nn.Module, known: Iterable[type[nn.Module]]) -> None:
+    """The module does what PyTorch's does, and nothing else that would be lost."""
+    if type(module).forward not in [kind.forward for kind in known]:
+        raise ValueError(
+            f"{type(module).__name__} has a forward of its own, which a conversion would lose. "
+            "Convert it by hand, or leave it as it is with leave."
+        )
+
+
+def not_parametrized(module: nn.Module) -> None:
+    """The weight and bias are parameters, and not computed from others."""
+    computed = [name for name in ("weight", "bias") if name not in module._parameters]
+    if computed:
+        raise ValueError(
+            f"The {' and '.join(computed)} of this {type(module).__name__} is computed by a "
+            "parametrization, such as weight_norm or spectral_norm, which a conversion would lose. "
+            "Remove it first, or leave the module as it is with leave."
+        )
+
+
+def all_convertible(complaints: Sequence[str]) -> None:
+    """Every module can be converted."""
+    if complaints:
+        raise ValueError(
+            f"Nothing was converted, because of {len(complaints)} of the modules, which can also "
+            "be left as they are with leave=lambda name, module: name in {...}:\n"
+            + "\n".join(complaints)
+        )
+
+
+def has_batch_norm(norms: Collection[nn.Module]) -> None:
+    """There are estimates to recalibrate."""
+    if not norms:
+        raise ValueError(
+            "The model must have a BatchNorm, EstimatedBatchNorm or BatchChannelNorm of bcn_torch, "
+            "but it has none. Convert those of torch.nn with convert_batch_norm."
+        )
+
+
+def reached(samples: Iterable[int]) -> None:
+    """There is no average of nothing."""
+    if not any(samples):
+        raise ValueError(
+            "The batches must reach a batch norm at least once, but none did. Give at least one "
+            "batch (an iterator can be used once only), and the model as it was before "
+            "torch.compile."
+        )
+
+
+def finite_moments(mean: Tensor, var: Tensor, name: str) -> None:
+    """Estimates are made of finite numbers."""
+    bad = (~(mean.isfinite() & var.isfinite())).flatten().nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"The mean and variance of every channel must be finite, but at {name!r} those of the "
+            f"channels {', '.join(map(str, bad))} are not. The statistics are as they were before; "
+            "leave the batch out."
+        )
+
+
+def same_output(difference: float, allowed: float) -> None:
+    """What was folded computes the same."""
+    if not difference <= allowed:
+        raise ValueError(
+            "The folded model must compute what the model does, but on the example its output is "
+            f"off by {difference:.2g}, and rounding explains {allowed:.2g}. Is the output of a "
+            "convolution or linear layer used elsewhere too, besides by the norm that follows it? "
+            "Fold those parts of the model where it is not."
         )

@@ -6,13 +6,15 @@ The equations in the comments use `mu` and `sigma2` for a mean and a variance of
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bcn_torch import checks
 from bcn_torch.precision import widen
+
+RunningVariance = Literal["biased", "unbiased", "around_running_mean"]
 
 
 class _Norm(nn.Module):
@@ -53,8 +55,23 @@ class BatchNorm(_Norm):
 
     In evaluation, `mean` and `var` are the running estimates.
 
-    Unlike in `torch.nn.BatchNorm2d`, the running variance is biased as well. Under data parallelism
-    each process takes the moments of its own share of the batch.
+    Which variance of the `n` values of a channel enters `exp_var` is `running_variance`:
+
+        "biased"               var
+        "unbiased"             var * n / (n - 1), as in `torch.nn.BatchNorm2d`; var where n is 1
+        "around_running_mean"  mean((x - old_exp_mean)^2) = var + (mean - old_exp_mean)^2
+
+    When they are updated is the attribute `update_stats`, which may be set at any time:
+
+        None   in training
+        False  never; training still normalizes by the batch
+        True   in evaluation too, which still normalizes by the estimates from before the update
+
+    A batch that is not finite is no estimate: a channel whose mean or variance is NaN or infinite,
+    by an overflow too, keeps its two estimates as they were. The output still shows the NaN, and
+    the next clean batch finds the estimates clean.
+
+    Under data parallelism each process takes the moments of its own share of the batch.
 
     Parameters are `scale` and `shift`, `(channels,)`; buffers are `exp_mean` and `exp_var`,
     `(channels,)`, which stay in float32 or wider whatever the module is converted to.
@@ -73,7 +90,14 @@ class BatchNorm(_Norm):
     exp_var: Tensor
 
     def __init__(
-        self, channels: int, *, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True
+        self,
+        channels: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        running_variance: RunningVariance = "biased",
+        update_stats: bool | None = None,
     ) -> None:
         """Start from mean 0 and variance 1.
 
@@ -82,14 +106,18 @@ class BatchNorm(_Norm):
             eps: added to the variance, inside the root.
             momentum: the weight of the *new* value in the running estimates.
             affine: whether to learn `scale` and `shift`.
+            running_variance: the variance that enters the running estimate.
+            update_stats: when to update the running estimates.
 
         Raises:
             ValueError: an argument is out of its range.
         """
         super().__init__(channels, channels, eps, affine)
         checks.momentum(momentum)
+        checks.one_of("running_variance", running_variance, get_args(RunningVariance))
         self.momentum = momentum
-        self.frozen = False
+        self.running_variance = running_variance
+        self.update_stats = update_stats
         self.register_buffer("exp_mean", widen(torch.zeros(channels)))
         self.register_buffer("exp_var", widen(torch.ones(channels)))
 
@@ -101,31 +129,57 @@ class BatchNorm(_Norm):
         """
         checks.activation(x, self.channels)
         wide = widen(x)
-        mean, var = self._training_moments(wide) if self.training else self._estimates(wide)
-        return self._normalize(wide, mean, var).to(x.dtype)
+        moments = self._training_moments if self.training else self._evaluation_moments
+        return self._normalize(wide, *moments(wide)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""
-        return f"{self.channels}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}"
+        return (
+            f"{self.channels}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"running_variance={self.running_variance!r}, update_stats={self.update_stats}"
+        )
 
     def _training_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What to normalize by in training: the batch's own moments."""
-        mean, var = _batch_moments(x)
-        if not self.frozen:
-            checks.several_values(x.shape)
-            self._update(mean, var)
+        mean, var = batch_moments(x)
+        if self.update_stats is not False:
+            self._update(x, mean, var)
+        return mean, var
+
+    def _evaluation_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What to normalize by in evaluation: the estimates as they are before any update."""
+        if not self.update_stats:
+            return self._estimates(x)
+        mean, var = (estimate.clone() for estimate in self._estimates(x))
+        self._update(x, *batch_moments(x.detach()))
         return mean, var
 
     def _estimates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return _along_axis_1(self.exp_mean, x), _along_axis_1(self.exp_var, x)
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor) -> None:
-        r = self.momentum
+    def _update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Move the estimates towards the moments of `x`, where these are finite."""
+        checks.several_values(x.shape)
+        r, mu, sigma2 = self.momentum, mean.flatten(), self._entering_variance(x, var).flatten()
+        finite = mu.isfinite() & sigma2.isfinite()
         # mu_hat <- (1 - r) mu_hat + r mu
-        self.exp_mean.copy_((1 - r) * self.exp_mean + r * mean.flatten())
+        mu_hat = (1 - r) * self.exp_mean + r * mu
         # sigma2_hat <- (1 - r) sigma2_hat + r sigma2
-        self.exp_var.copy_((1 - r) * self.exp_var + r * var.flatten())
+        sigma2_hat = (1 - r) * self.exp_var + r * sigma2
+        self.exp_mean.copy_(torch.where(finite, mu_hat, self.exp_mean))
+        self.exp_var.copy_(torch.where(finite, sigma2_hat, self.exp_var))
+
+    def _entering_variance(self, x: Tensor, var: Tensor) -> Tensor:
+        """The variance of `x` that enters the running estimate, given the biased one."""
+        if self.running_variance == "unbiased":
+            # n, the number of values of a channel
+            n = x.numel() // self.channels
+            return var * (n / max(n - 1, 1))
+        if self.running_variance == "around_running_mean":
+            # sigma2 = E[(x - mu_hat)^2]
+            return ((x - _along_axis_1(self.exp_mean, x)) ** 2).mean(_all_axes_but_1(x))
+        return var
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Every conversion of a module ends here: .to(), .half(), .cuda(). One that would round the
@@ -152,6 +206,12 @@ class EstimatedBatchNorm(BatchNorm):
     No gradient flows through the estimates. Evaluation, parameters and buffers are those of
     `BatchNorm`.
 
+    With `update_stats=False` it normalizes by the estimates as they are, in training too.
+
+    Where gradients are accumulated over k micro-batches, the estimates move k times for one step of
+    the optimizer. A momentum of `1 - (1 - momentum) ** (1 / k)` keeps the weight of the past what
+    it is for one batch.
+
     On its own it trains unstably: nothing bounds the scale of its output while the estimates lag
     behind. The channel norm that follows it in `BatchChannelNorm` does.
 
@@ -161,21 +221,34 @@ class EstimatedBatchNorm(BatchNorm):
         >>> EstimatedBatchNorm(32)(torch.randn(1, 32, 8, 8)).shape
         torch.Size([1, 32, 8, 8])
 
-    Source: Qiao et al., arXiv 1903.10520; the variance is around the batch's own mean, as in the
-    code of the annotated implementation (`labml_nn/normalization/batch_channel_norm`).
+    Source: Qiao et al., arXiv 1903.10520; by default the variance is around the batch's own mean,
+    as in the code of the annotated implementation (`labml_nn/normalization/batch_channel_norm`).
     """
 
     def __init__(
-        self, channels: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True
+        self,
+        channels: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        *,
+        running_variance: RunningVariance = "biased",
+        update_stats: bool | None = None,
     ) -> None:
-        """Take the arguments of `BatchNorm`, by position too."""
-        super().__init__(channels, eps=eps, momentum=momentum, affine=affine)
+        """Take the arguments of `BatchNorm`, the first four by position too."""
+        super().__init__(
+            channels,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            running_variance=running_variance,
+            update_stats=update_stats,
+        )
 
     def _training_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What to normalize by in training: the running estimates, after their update."""
-        if not self.frozen:
-            checks.several_values(x.shape)
-            self._update(*_batch_moments(x.detach()))
+        if self.update_stats is not False:
+            self._update(x, *batch_moments(x.detach()))
         return self._estimates(x)
 
 
@@ -253,6 +326,8 @@ class BatchChannelNorm(nn.Module):
         >>> BatchChannelNorm(32, groups=8)(torch.randn(1, 32, 8, 8)).shape
         torch.Size([1, 32, 8, 8])
 
+    The published codes differ in details: `bcn_torch.variants.BCN` has the arguments of each.
+
     Source: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization", arXiv 1903.10520; names as in the annotated implementation
     (`labml_nn/normalization/batch_channel_norm`).
@@ -265,6 +340,10 @@ class BatchChannelNorm(nn.Module):
         eps: float = 1e-5,
         momentum: float = 0.1,
         estimate: bool = True,
+        *,
+        batch_eps: float | None = None,
+        running_variance: RunningVariance = "biased",
+        update_stats: bool | None = None,
     ) -> None:
         """Make the two norms.
 
@@ -275,14 +354,32 @@ class BatchChannelNorm(nn.Module):
             momentum: the weight of the *new* value in the running estimates.
             estimate: whether the batch norm normalizes by the running estimates in training too
                 (`EstimatedBatchNorm`), or by the batch (`BatchNorm`), which wants large batches.
+            batch_eps: of the batch norm, where it is not `eps`.
+            running_variance: the variance that enters the running estimate, see `BatchNorm`.
+            update_stats: when to update the running estimates, see `BatchNorm`.
 
         Raises:
             ValueError: an argument is out of its range, or groups do not divide the channels.
         """
         super().__init__()
         batch_norm = EstimatedBatchNorm if estimate else BatchNorm
-        self.batch_norm = batch_norm(channels, eps=eps, momentum=momentum)
+        self.batch_norm = batch_norm(
+            channels,
+            eps=eps if batch_eps is None else batch_eps,
+            momentum=momentum,
+            running_variance=running_variance,
+            update_stats=update_stats,
+        )
         self.channel_norm = ChannelNorm(channels, groups, eps)
+
+    @property
+    def update_stats(self) -> bool | None:
+        """When to update the running estimates: that of the batch norm inside."""
+        return self.batch_norm.update_stats
+
+    @update_stats.setter
+    def update_stats(self, value: bool | None) -> None:
+        self.batch_norm.update_stats = value
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x`, `[batch, channels, *]`; the result is of its shape and dtype.
@@ -301,8 +398,9 @@ class BatchChannelNorm(nn.Module):
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Keep every batch norm in `module` from updating its running estimates.
 
-    What they normalize by in training stays what it was: the running estimates in
-    `EstimatedBatchNorm`, the batch's moments in `BatchNorm`.
+    Sets their `update_stats` to False, and afterwards to what it was. What they normalize by in
+    training stays the same: the running estimates in `EstimatedBatchNorm`, the batch's moments in
+    `BatchNorm`.
 
     Gradient checkpointing needs this, because it runs the forward pass again during the backward
     pass, which would update the estimates a second time. Frozen, the second run finds the estimates
@@ -328,14 +426,14 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
         0
     """
     norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
-    before = [norm.frozen for norm in norms]
+    before = [norm.update_stats for norm in norms]
     for norm in norms:
-        norm.frozen = True
+        norm.update_stats = False
     try:
         yield
     finally:
-        for norm, frozen in zip(norms, before, strict=True):
-            norm.frozen = frozen
+        for norm, update_stats in zip(norms, before, strict=True):
+            norm.update_stats = update_stats
 
 
 def _moments(x: Tensor, axes: Iterable[int]) -> tuple[Tensor, Tensor]:
@@ -348,9 +446,13 @@ def _moments(x: Tensor, axes: Iterable[int]) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def _batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel over the batch and space."""
-    return _moments(x, axes=(0, *range(2, x.dim())))
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel over batch and space, `(1, channels, 1, ...)`."""
+    return _moments(x, _all_axes_but_1(x))
+
+
+def _all_axes_but_1(x: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, x.dim()))
 
 
 def _along_axis_1(values: Tensor, x: Tensor) -> Tensor:

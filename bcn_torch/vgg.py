@@ -1,12 +1,13 @@
 """The network that the annotated implementation trains on CIFAR-10."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from bcn_torch import checks
-from bcn_torch.norms import BatchChannelNorm, BatchNorm
-from bcn_torch.weight_standardization import WSConv2d
+from bcn_torch.norms import BatchChannelNorm, BatchNorm, RunningVariance
+from bcn_torch.weight_standardization import Standardization, WSConv2d
 
 
 class VGG(nn.Module):
@@ -46,6 +47,9 @@ class VGG(nn.Module):
         eps: float = 1e-5,
         momentum: float = 0.1,
         estimate: bool = True,
+        batch_eps: float | None = None,
+        running_variance: RunningVariance = "biased",
+        standardization: Standardization = Standardization(),
     ) -> None:
         """Make the layers.
 
@@ -60,20 +64,33 @@ class VGG(nn.Module):
             eps: of the norm.
             momentum: of "bcn" and "bn", the weight of the *new* value in the running estimates.
             estimate: of "bcn", see `BatchChannelNorm`.
+            batch_eps: of "bcn", see `BatchChannelNorm`.
+            running_variance: of "bcn" and "bn", see `BatchNorm`.
+            standardization: of the standardized weights.
 
         Raises:
             ValueError: an argument is out of its range, or groups do not divide the channels.
         """
         super().__init__()
         checks.blocks(blocks)
-        make_conv = WSConv2d if ws else nn.Conv2d
+        make_conv = partial(WSConv2d, standardization=standardization) if ws else nn.Conv2d
+        bcn = partial(
+            BatchChannelNorm,
+            groups=groups,
+            eps=eps,
+            momentum=momentum,
+            estimate=estimate,
+            batch_eps=batch_eps,
+            running_variance=running_variance,
+        )
+        bn = partial(BatchNorm, eps=eps, momentum=momentum, running_variance=running_variance)
         make_norm: dict[str, Callable[[int], list[nn.Module]]] = {
-            "bcn": lambda channels: [BatchChannelNorm(channels, groups, eps, momentum, estimate)],
-            "bn": lambda channels: [BatchNorm(channels, eps=eps, momentum=momentum)],
+            "bcn": lambda channels: [bcn(channels)],
+            "bn": lambda channels: [bn(channels)],
             "gn": lambda channels: [_group_norm(channels, groups, eps)],
             "none": lambda channels: [],
         }
-        checks.norm_name(norm, make_norm)
+        checks.one_of("norm", norm, make_norm)
         self.in_channels = in_channels
         self.halvings = len(blocks)
         layers: list[nn.Module] = []

@@ -1,27 +1,67 @@
 """Weight standardization, and the layers that use it."""
 
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from bcn_torch import checks
 from bcn_torch.precision import widen
 
+EpsRole = Literal["added_to_variance", "added_to_deviation", "least_variance"]
 
-def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
+
+class Standardization(NamedTuple):
+    """How to standardize a weight; `bcn_torch.variants.WS` has what each published code does.
+
+        w_hat = gamma * (w - mean) / divisor * gain
+
+    where `divisor` is, with `s` the fan-in `n` if `fan_in_scaling`, or else 1:
+
+        "added_to_variance"   sqrt(s * (var + eps))
+        "added_to_deviation"  sqrt(s) * (sqrt(var) + eps)
+        "least_variance"      sqrt(max(s * var, eps))
+
+    Attributes:
+        unbiased: whether the variance is the sum of squares over `n - 1`, or over `n`.
+        eps: keeps the divisor from 0.
+        eps_role: how.
+        fan_in_scaling: whether the squares of an output channel's weights add up to about 1, and
+            not to their number, so that the weights keep the variance of what they multiply.
+        gain: whether there is a learned gain, one for each output channel.
+        gamma: a fixed factor, such as makes up for a nonlinearity.
+    """
+
+    unbiased: bool = True
+    eps: float = 1e-5
+    eps_role: EpsRole = "added_to_variance"
+    fan_in_scaling: bool = False
+    gain: bool = False
+    gamma: float = 1.0
+
+
+def standardize_weight(
+    weight: Tensor, standardization: Standardization = Standardization(), gain: Tensor | None = None
+) -> Tensor:
     """Give the weights of each output channel mean 0 and variance `var / (var + eps)`, nearly 1.
 
         w_hat = (w - mean) / sqrt(var + eps)
 
-    with the mean and the *unbiased* variance over all axes but the first. Computed in float32 or
-    wider, returned in the weight's dtype.
+    with the mean and the *unbiased* variance over all axes but the first, unless another
+    `standardization` is asked for. Computed in float32 or wider, returned in the weight's dtype.
+
+    A constant weight becomes 0, with a finite gradient: where a standardization takes the root of
+    the variance by itself, its derivative at 0 counts as 0.
 
     Args:
         weight: of a linear layer, `[out, in]`, or of a convolution, `[out, in / groups, *window]`.
-        eps: added to the variance, inside the root.
+        standardization: the variance, the place of eps, and the scale of the result.
+        gain: the learned factors, `(out,)`, of a standardization with gain.
 
     Raises:
-        ValueError: an output channel has a single weight, whose variance is not defined, or bad
-            arguments.
+        ValueError: an output channel has a single weight, which would become 0 whatever it is, or
+            bad arguments.
 
     Example:
         >>> import torch
@@ -29,35 +69,98 @@ def standardize_weight(weight: Tensor, eps: float = 1e-5) -> Tensor:
         >>> standardize_weight(torch.tensor([[1.0, 2.0, 3.0]])).round(decimals=3)
         tensor([[-1.,  0.,  1.]])
 
-    Source: Qiao et al., arXiv 1903.10520; unbiased variance and eps inside the root as in the
-    annotated implementation (`labml_nn/normalization/weight_standardization`).
+    Source: Qiao et al., arXiv 1903.10520; by default unbiased variance and eps inside the root as
+    in the annotated implementation (`labml_nn/normalization/weight_standardization`).
     """
     checks.floating_point(weight.dtype, "weight")
     checks.fan_in(weight.shape)
-    checks.eps(eps)
+    _check(standardization)
+    checks.gain(weight.shape, standardization.gain, gain)
     w = widen(weight)
     axes = tuple(range(1, w.dim()))
     # N, the fan-in: how many weights an output channel has
     n = w.shape[1:].numel()
     # mu = 1/N sum w
     mean = w.mean(axes, keepdim=True)
-    # sigma2 = 1/(N - 1) sum (w - mu)^2
-    var = ((w - mean) ** 2).sum(axes, keepdim=True) / (n - 1)
-    # w_hat = (w - mu) / sqrt(sigma2 + eps)
-    return ((w - mean) / (var + eps).sqrt()).to(weight.dtype)
+    # sigma2 = 1/(N - 1) sum (w - mu)^2, or 1/N
+    var = ((w - mean) ** 2).sum(axes, keepdim=True) / (n - standardization.unbiased)
+    # w_hat = gamma (w - mu) / divisor
+    w_hat = standardization.gamma * (w - mean) / _divisor(var, n, standardization)
+    if gain is not None:
+        w_hat = w_hat * widen(gain).view(-1, *(1,) * len(axes))
+    return w_hat.to(weight.dtype)
 
 
-class _WSConv(_ConvNd):
-    """What the convolutions share; the base classes bring their own constructors."""
+def _check(standardization: Standardization) -> None:
+    checks.eps(standardization.eps)
+    checks.one_of("eps_role", standardization.eps_role, get_args(EpsRole))
+    checks.gamma(standardization.gamma)
+
+
+def _divisor(var: Tensor, n: int, standardization: Standardization) -> Tensor:
+    eps, s = standardization.eps, n if standardization.fan_in_scaling else 1
+    if standardization.eps_role == "added_to_deviation":
+        # sqrt(s) (sigma + eps)
+        return s**0.5 * (_root(var) + eps)
+    if standardization.eps_role == "least_variance":
+        # sqrt(max(s sigma2, eps))
+        return (s * var).clamp(min=eps).sqrt()
+    # sqrt(s (sigma2 + eps))
+    return (s * (var + eps)).sqrt()
+
+
+def _root(var: Tensor) -> Tensor:
+    """The square root, with 0 for its derivative at 0."""
+    positive = var > 0
+    # The inner choice keeps the infinite derivative out of the backward pass: 0 * inf is NaN.
+    return torch.where(positive, torch.where(positive, var, 1.0).sqrt(), 0.0)
+
+
+class WSLayer(nn.Module):
+    """What all layers share: how they standardize, and the learned gain, if any."""
+
+    weight: Tensor
+    gain: nn.Parameter | None
+
+    def __init__(
+        self, *args: Any, standardization: Standardization = Standardization(), **kwargs: Any
+    ) -> None:
+        """Take the arguments of PyTorch's layer.
+
+        Args:
+            *args: of PyTorch's layer.
+            standardization: how to standardize the weight.
+            **kwargs: of PyTorch's layer.
+
+        Raises:
+            ValueError: an output channel would have a single weight (fan-in 1), or the
+                standardization has an argument out of its range.
+        """
+        _check(standardization)
+        super().__init__(*args, **kwargs)
+        self.standardization = standardization
+        gain = nn.Parameter(self.weight.new_ones(len(self.weight)))
+        self.register_parameter("gain", gain if standardization.gain else None)
 
     def reset_parameters(self) -> None:
         """Draw the weights; refuse here, while the layer is being made, a fan-in of 1."""
         checks.fan_in(self.weight.shape)
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # of PyTorch's layer, the next in line
+        # While PyTorch's layer is being made, there is no gain yet.
+        gain = self._parameters.get("gain")
+        if gain is not None:
+            nn.init.ones_(gain)
+
+    def _standardized_weight(self) -> Tensor:
+        return standardize_weight(self.weight, self.standardization, self.gain)
+
+
+class _WSConv(WSLayer, _ConvNd):
+    """What the convolutions share; the base classes bring their own constructors."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x` with the standardized weight."""
-        return self._conv_forward(x, standardize_weight(self.weight), self.bias)
+        return self._conv_forward(x, self._standardized_weight(), self.bias)
 
 
 class WSConv1d(_WSConv, nn.Conv1d):
@@ -67,8 +170,9 @@ class WSConv1d(_WSConv, nn.Conv1d):
 class WSConv2d(_WSConv, nn.Conv2d):
     """`torch.nn.Conv2d` with weight standardization: see `standardize_weight`.
 
-    Takes every argument of `torch.nn.Conv2d` and has its parameters. The weight is standardized in
-    float32 or wider, also under autocast, and on the fly: the parameter stays raw.
+    Takes every argument of `torch.nn.Conv2d`, and a `standardization`. Has its parameters, and
+    `gain`, `(out,)`, where the standardization has one. The weight is standardized in float32 or
+    wider, also under autocast, and on the fly: the parameter stays raw.
 
     Follow it with a normalization: standardized weights have no scale of their own to learn.
 
@@ -89,14 +193,9 @@ class WSConv3d(_WSConv, nn.Conv3d):
     """`torch.nn.Conv3d` with weight standardization, as `WSConv2d`."""
 
 
-class WSLinear(nn.Linear):
+class WSLinear(WSLayer, nn.Linear):
     """`torch.nn.Linear` with weight standardization, as `WSConv2d`."""
-
-    def reset_parameters(self) -> None:
-        """Draw the weights; refuse here, while the layer is being made, a fan-in of 1."""
-        checks.fan_in(self.weight.shape)
-        super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x` by the standardized weight."""
-        return nn.functional.linear(x, standardize_weight(self.weight), self.bias)
+        return nn.functional.linear(x, self._standardized_weight(), self.bias)

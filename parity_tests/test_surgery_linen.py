@@ -301,6 +301,40 @@ class TestRecalibration:
         assert_close(stats["mean"], x.mean((0, 1)), ulps=16, dtype=np.float32)
         assert_close(stats["var"], expected, ulps=16, dtype=np.float32)
 
+    def test_a_norm_that_is_called_twice_averages_over_both(self):
+        class Twice(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                norm = BatchNorm(True, name="norm")
+                return norm(x) + norm(3 * x)
+
+        variables = recalibrate(Twice(), variables_of(Twice()), [IMAGES[:1], IMAGES[1:]])
+        mean = variables["batch_stats"]["norm"]["mean"]
+        assert_close(mean, 2 * IMAGES.mean((0, 1, 2)), ulps=16, dtype=np.float32)
+
+    def test_layers_under_scan_each_have_their_own(self):
+        """Where the statistics of many layers are stored as one."""
+
+        class Block(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.Dense(3)(BatchNorm(True)(x)), None
+
+        scan = nn.scan(
+            Block,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=3,
+        )()
+        x = IMAGES[:, 0]
+        variables = recalibrate(scan, scan.init(jax.random.key(0), x, None), [(x, None)])
+        for i in range(3):
+            layer = jax.tree.map(lambda v, i=i: v[i], variables)
+            stats = layer["batch_stats"]["BatchNorm_0"]
+            assert_close(stats["mean"], x.mean((0, 1)), ulps=64, dtype=np.float32, scale=1)
+            assert_close(stats["var"], x.var((0, 1)), ulps=64, dtype=np.float32)
+            x, _ = Block().apply(layer, x, None)
+
     def test_what_was_there_before_is_forgotten(self):
         """NaN too."""
         variables = variables_of(DEEP)

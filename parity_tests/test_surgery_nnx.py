@@ -172,19 +172,19 @@ class TestConversion:
             convert_batch_norm(CNN(rngs=nnx.Rngs(0)), num_groups=8)
 
     def test_a_model_without_batch_norms_is_refused(self):
-        with pytest.raises(ValueError, match="must have an nnx.BatchNorm"):
+        with pytest.raises(ValueError, match=r"must have an nnx\.BatchNorm"):
             convert_batch_norm(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jnp.ones((1, 3)))
 
     def test_a_converted_network_trains(self):
         """On digits, in batches of 4, with falling loss."""
         model = CNN(1, rngs=nnx.Rngs(0))
         digits, labels = load_digits(return_X_y=True)
-        x = jnp.asarray(digits[:64].reshape(16, 4, 8, 8, 1) / 16, jnp.float32)
-        y = jnp.asarray(labels[:64].reshape(16, 4))
+        x = jnp.asarray(digits[:32].reshape(8, 4, 8, 8, 1) / 16, jnp.float32)
+        y = jnp.asarray(labels[:32].reshape(8, 4))
         model = convert_batch_norm(model, x[0], num_groups=8)
         recalibrate(model, x)
         model.train()
-        optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
+        optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
         @nnx.jit
         def step(model, optimizer, x, y):
@@ -196,8 +196,8 @@ class TestConversion:
             optimizer.update(model, gradients)
             return loss
 
-        losses = [step(model, optimizer, x[i % 16], y[i % 16]) for i in range(48)]
-        assert np.mean(losses[-16:]) < 0.6 * np.mean(losses[:16])
+        losses = [step(model, optimizer, x[i % 8], y[i % 8]) for i in range(80)]
+        assert np.mean(losses[-8:]) < 0.6 * np.mean(losses[:8])
 
 
 def row(*layers):
@@ -324,6 +324,19 @@ class TestRecalibration:
             nnx.state(model, nnx.BatchStat),
             stats,
         )
+
+    def test_a_norm_that_is_called_twice_averages_over_both(self):
+        class Twice(nnx.Module):
+            def __init__(self):
+                self.norm = BatchNorm(3, rngs=nnx.Rngs(0))
+
+            def __call__(self, x):
+                return self.norm(x) + self.norm(3 * x)
+
+        model = Twice()
+        recalibrate(model, [IMAGES[:1], IMAGES[1:]])
+        expected = 2 * IMAGES.mean((0, 1, 2))
+        assert_close(model.norm.mean[...], expected, ulps=16, dtype=np.float32)
 
     @pytest.mark.parametrize("batches", [[], [IMAGES, IMAGES.at[0].set(jnp.nan)]])
     def test_what_is_refused_changes_nothing(self, batches):

@@ -12,6 +12,7 @@ from bcn_torch import (
     BatchNorm,
     ChannelNorm,
     EstimatedBatchNorm,
+    Standardization,
     WSConv1d,
     WSConv2d,
     WSConv3d,
@@ -73,6 +74,10 @@ FAN_IN = (
     "Weight standardization needs at least 2 weights per output channel (fan-in), but a weight of "
     "shape {} has {}. Use the layer without weight standardization here."
 )
+GAIN = (
+    "The gain must be None without Standardization(gain=True), and with it have one value for each "
+    "output channel: for a weight of shape (2, 3) and gain={} its shape must be {}, but it is {}."
+)
 BLOCKS = (
     "blocks must have at least one block, and each block at least one convolution, but blocks={}. "
     "Give each block the output channels of its convolutions, for example ((64, 64), (128, 128))."
@@ -85,7 +90,45 @@ ARGUMENTS = {
     "eps -1": (lambda: EstimatedBatchNorm(8, -1.0), EPS.format(-1.0)),
     "eps inf": (lambda: ChannelNorm(8, 2, float("inf")), EPS.format("inf")),
     "eps nan": (lambda: BatchChannelNorm(8, 2, float("nan")), EPS.format("nan")),
-    "eps of a weight": (lambda: standardize_weight(torch.ones(2, 3), 0.0), EPS.format(0.0)),
+    "eps of the batch norm": (lambda: BatchChannelNorm(8, 2, batch_eps=0.0), EPS.format(0.0)),
+    "eps of a weight": (
+        lambda: standardize_weight(torch.ones(2, 3), Standardization(eps=0.0)),
+        EPS.format(0.0),
+    ),
+    "eps of a layer": (
+        lambda: WSConv2d(4, 4, 3, standardization=Standardization(eps=-1.0)),
+        EPS.format(-1.0),
+    ),
+    "eps_role": (
+        lambda: standardize_weight(torch.ones(2, 3), Standardization(eps_role="added")),
+        "eps_role must be one of 'added_to_variance', 'added_to_deviation', 'least_variance', but "
+        "eps_role='added'.",
+    ),
+    "gamma 0": (
+        lambda: standardize_weight(torch.ones(2, 3), Standardization(gamma=0.0)),
+        "gamma must be positive and finite, but gamma=0.0. Without a factor it is 1.",
+    ),
+    "gamma inf": (
+        lambda: WSLinear(4, 4, standardization=Standardization(gamma=float("inf"))),
+        "gamma must be positive and finite, but gamma=inf. Without a factor it is 1.",
+    ),
+    "a gain too few": (
+        lambda: standardize_weight(torch.ones(2, 3), Standardization(gain=True)),
+        GAIN.format(True, "(2,)", None),
+    ),
+    "a gain too many": (
+        lambda: standardize_weight(torch.ones(2, 3), gain=torch.ones(2)),
+        GAIN.format(False, None, "(2,)"),
+    ),
+    "a gain of another shape": (
+        lambda: standardize_weight(torch.ones(2, 3), Standardization(gain=True), torch.ones(2, 1)),
+        GAIN.format(True, "(2,)", "(2, 1)"),
+    ),
+    "running_variance": (
+        lambda: BatchChannelNorm(8, 2, running_variance="of the batch"),
+        "running_variance must be one of 'biased', 'unbiased', 'around_running_mean', but "
+        "running_variance='of the batch'.",
+    ),
     "eps of gn": (lambda: VGG(**SMALL, norm="gn", eps=0.0), EPS.format(0.0)),
     "channels 0": (lambda: BatchNorm(0), CHANNELS.format(0)),
     "channels -1": (lambda: ChannelNorm(-1, 1), CHANNELS.format(-1)),
@@ -106,6 +149,10 @@ ARGUMENTS = {
     "WSLinear": (lambda: WSLinear(1, 4), FAN_IN.format((4, 1), 1)),
     "WSConv1d": (lambda: WSConv1d(1, 4, 1), FAN_IN.format((4, 1, 1), 1)),
     "WSConv2d": (lambda: WSConv2d(4, 4, 1, groups=4), FAN_IN.format((4, 1, 1, 1), 1)),
+    "fan-in 1, biased": (
+        lambda: standardize_weight(torch.ones(3, 1), Standardization(unbiased=False)),
+        FAN_IN.format((3, 1), 1),
+    ),
     "WSConv3d": (lambda: WSConv3d(1, 4, 1), FAN_IN.format((4, 1, 1, 1, 1), 1)),
     "norm": (
         lambda: VGG(norm="layer"),

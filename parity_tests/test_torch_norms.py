@@ -392,7 +392,7 @@ def test_a_later_forward_pass_leaves_the_backward_pass_of_an_earlier_one_alone(e
 class Leaky(BatchNorm):
     """Keep the graph through the running mean."""
 
-    def _update(self, mean, var):
+    def _update(self, x, mean, var):
         self.exp_mean = 0.9 * self.exp_mean + 0.1 * mean.flatten()
 
 
@@ -457,7 +457,8 @@ def test_frozen_in_training_only_the_estimated_norm_normalizes_by_the_estimates(
 def test_the_printed_layer_shows_the_arguments_of_its_constructor():
     assert repr(BatchChannelNorm(C, G)) == (
         "BatchChannelNorm(\n"
-        "  (batch_norm): EstimatedBatchNorm(6, eps=1e-05, momentum=0.1, affine=True)\n"
+        "  (batch_norm): EstimatedBatchNorm(6, eps=1e-05, momentum=0.1, affine=True, "
+        "running_variance='biased', update_stats=None)\n"
         "  (channel_norm): ChannelNorm(6, groups=3, eps=1e-05, affine=True)\n"
         ")"
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bcn_torch import WSConv1d, WSConv2d, WSConv3d, WSLinear, standardize_weight
+from bcn_torch import Standardization, WSConv1d, WSConv2d, WSConv3d, WSLinear, standardize_weight
 
 pytestmark = pytest.mark.torch
 
@@ -50,7 +50,7 @@ def weight(*shape, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("shape", [(6, 2), (6, 50), (6, 4, 3), (6, 1, 3, 3), (6, 4, 3, 3, 2)])
 def test_it_follows_its_equation(shape, dtype):
     w, eps = weight(*shape, dtype=dtype), 1e-3
-    result = standardize_weight(w, eps)
+    result = standardize_weight(w, Standardization(eps=eps))
     assert result.dtype == dtype
     for channel, standardized in zip(w.double().numpy(), result.double(), strict=True):
         n = channel.size

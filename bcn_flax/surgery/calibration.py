@@ -1,9 +1,8 @@
 """What recalibration does with each batch, in linen and in NNX."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,34 +12,47 @@ from bcn_flax.norms import RunningVariance
 from bcn_flax.surgery import checks
 
 
-def weighed(batches: Iterable[Any]) -> Iterator[tuple[tuple[Any, ...], float]]:
-    """The arguments of each batch, and its weight among all the samples so far.
+class Average(NamedTuple):
+    """The average of so many values, the weight: all arrays `(c,)`. At 0 it is yet to be taken."""
+
+    mean: Array
+    var: Array
+    weight: Array
+
+
+def arguments(batches: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """The positional arguments of the model for each batch.
 
     Raises:
         ValueError: there are no batches.
     """
     seen = 0
     for batch in batches:
-        args = batch if isinstance(batch, tuple) else (batch,)
-        samples = jnp.shape(jax.tree.leaves(args)[0])[0]
-        seen += samples
-        yield args, samples / seen
+        seen += 1
+        yield batch if isinstance(batch, tuple) else (batch,)
     checks.batches(seen)
 
 
-def absorb(
-    mean: Array, var: Array, m: Moments, rate: Array, running_variance: RunningVariance
-) -> tuple[Array, Array]:
-    """The average of the statistics, `(c,)`, and a batch with moments `m`, whose weight is `rate`.
+def absorb(average: Average, m: Moments, running_variance: RunningVariance) -> Average:
+    """Average an input with moments `m` in, every value with the same weight.
 
-    Plain averages, without a memory of what was there before the first batch, even if it was NaN.
-    Around the running mean, the average variance is that of all the values together.
+    The variances average as they are, around the mean of each input, for it is they that enter the
+    running average in training; around the running mean, with the variance of the means.
     """
     batch = pool_batch(m)
-    old_mean, old_var = (jnp.where(rate < 1, widen(old), 0) for old in (mean, var))
-    change = batch.mean[0] - old_mean
+    size = jnp.broadcast_to(jnp.asarray(batch.size), batch.mean.shape)[0]
+    total = average.weight + size
+    rate = size / jnp.maximum(total, 1)
+    mean, var = (jnp.where(average.weight > 0, widen(old), 0) for old in average[:2])
+    change = batch.mean[0] - mean
     new = (norms.unbiased(batch) if running_variance == "unbiased" else batch.var)[0]
-    averaged = (1 - rate) * old_var + rate * new
+    var = (1 - rate) * var + rate * new
     if running_variance == "around_running_mean":
-        averaged = averaged + rate * (1 - rate) * jnp.square(change)
-    return (old_mean + rate * change).astype(mean.dtype), averaged.astype(var.dtype)
+        var = var + rate * (1 - rate) * jnp.square(change)
+    absorbed = Average(mean + rate * change, var, total)
+    return Average(
+        *(
+            jnp.where(total > 0, new, old).astype(old.dtype)
+            for new, old in zip(absorbed, average, strict=True)
+        )
+    )

@@ -52,7 +52,7 @@ def recalibrate(
     """The variables with all running averages taken anew, from `batches`.
 
     For a model that moves to other data, or whose averages went astray. They become the average of
-    what each batch contributes, weighted by its number of samples, the old ones being forgotten.
+    what each batch contributes, weighted by its number of values, the old ones being forgotten.
     Every norm averages first and then normalizes by the average so far, as it will in evaluation;
     so a single batch makes the whole network agree with itself exactly. All else evaluates.
 
@@ -76,31 +76,34 @@ def recalibrate(
     """
     calls = 0
 
-    @jax.jit
-    def step(variables: Variables, rate: jax.Array, args: tuple[Any, ...]) -> dict[str, Any]:
-        def average(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
-            norm = context.module
-            if not (isinstance(norm, BatchNorm) and context.method_name == "affine"):
-                return next_fun(*fun_args, **fun_kwargs)
-            nonlocal calls
-            calls += 1
-            (m, *_) = fun_args
-            mean: Any = norm.get_variable("batch_stats", "mean")
-            var: Any = norm.get_variable("batch_stats", "var")
-            mean, var = calibration.absorb(mean, var, m, rate, norm.running_variance)
-            norm.put_variable("batch_stats", "mean", mean)
-            norm.put_variable("batch_stats", "var", var)
-            return next_fun(m, use_running_average=True, update_stats=False)
+    def average_first(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
+        norm = context.module
+        if not (isinstance(norm, BatchNorm) and context.method_name == "affine"):
+            return next_fun(*fun_args, **fun_kwargs)
+        nonlocal calls
+        calls += 1
+        names, m = calibration.Average._fields, fun_args[0]
+        average: Any = [norm.get_variable("batch_stats", name) for name in names]
+        average = calibration.absorb(calibration.Average(*average), m, norm.running_variance)
+        for name, value in zip(names, average, strict=True):
+            norm.put_variable("batch_stats", name, value)
+        return next_fun(m, use_running_average=True, update_stats=False)
 
-        with nn.intercept_methods(average):
+    @jax.jit
+    def step(variables: Variables, args: tuple[Any, ...]) -> Variables:
+        with nn.intercept_methods(average_first):
             _, updates = model.apply(variables, *args, mutable=["batch_stats"], **kwargs)
         return {**variables, **updates}
 
-    for args, rate in calibration.weighed(batches):
-        variables = step(variables, jnp.float32(rate), args)
+    stats = flatten_dict(variables.get("batch_stats", {}))
+    weights = {(*p[:-1], "weight"): jnp.zeros_like(v) for p, v in stats.items() if p[-1] == "mean"}
+    weighed: Variables = {**variables, "batch_stats": unflatten_dict(stats | weights)}
+    for args in calibration.arguments(batches):
+        weighed = step(weighed, args)
         checks.norms(calls)
-        checks.finite(variables["batch_stats"])
-    return dict(variables)
+        checks.finite(weighed["batch_stats"])
+    after = flatten_dict(weighed["batch_stats"])
+    return {**variables, "batch_stats": unflatten_dict({path: after[path] for path in stats})}
 
 
 @dataclasses.dataclass(frozen=True)

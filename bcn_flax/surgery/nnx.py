@@ -115,23 +115,28 @@ def recalibrate(model: Any, batches: Iterable[Any]) -> None:
     Raises:
         ValueError: there are no batches, or no norms, or a batch has values that are not finite.
     """
-    checks.norms(sum(isinstance(m, BatchNorm) for _, m in nnx.iter_modules(model)))
-    graphdef, state = nnx.split(_evaluating(model))
+    copy = _evaluating(model)
+    checks.norms(len(_batch_norms(copy)))
+    for norm in _batch_norms(copy):
+        norm.weight = nnx.BatchStat(jnp.zeros_like(norm.mean[...]))
+    graphdef, state = nnx.split(copy)
 
     @jax.jit
-    def step(state: Any, rate: jax.Array, args: tuple[Any, ...]) -> Any:
+    def step(state: Any, args: tuple[Any, ...]) -> Any:
         copy = nnx.merge(graphdef, state)
-        for _, norm in list(nnx.iter_modules(copy)):
-            if isinstance(norm, BatchNorm):
-                _override(norm, affine=_averaging(type(norm).affine, rate))
+        for norm in _batch_norms(copy):
+            _override(norm, affine=_averaging(type(norm).affine))
         copy(*args)
         return nnx.state(copy, nnx.BatchStat)
 
-    for args, rate in calibration.weighed(batches):
-        stats = step(state, jnp.float32(rate), args)
+    for args in calibration.arguments(batches):
+        stats = step(state, args)
         checks.finite(stats)
         state = nnx.merge_state(state, stats)
-    nnx.update(model, stats)
+    nnx.update(copy, state)
+    for norm in _batch_norms(copy):
+        del norm.weight
+    nnx.update(model, nnx.state(copy, nnx.BatchStat))
 
 
 def fold(model: Any, *args: Any) -> Any:
@@ -186,6 +191,10 @@ def _evaluating(model: Any) -> Any:
     copy = nnx.clone(model)
     copy.eval()
     return copy
+
+
+def _batch_norms(model: Any) -> list[Any]:
+    return [m for _, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)]
 
 
 def _is_standardized(module: Any) -> bool:
@@ -313,16 +322,14 @@ def _flow(model: Any, args: Any, norms: Any, with_flags: bool) -> dict[Path, Pat
     return flow.feeders()
 
 
-def _averaging(
-    affine: Callable[..., Affine], rate: jax.Array
-) -> Callable[[BatchNorm, Moments, bool, bool], Affine]:
+def _averaging(affine: Callable[..., Affine]) -> Callable[..., Affine]:
     """In the place of `BatchNorm.affine`: average, then normalize by the average."""
 
-    def averaged(self: BatchNorm, m: Moments, use_running_average: bool, update: bool) -> Affine:
+    def averaged(self: Any, m: Moments, use_running_average: bool, update: bool) -> Affine:
         del use_running_average, update
-        self.mean[...], self.var[...] = calibration.absorb(
-            self.mean[...], self.var[...], m, rate, self.running_variance
-        )
+        average = calibration.Average(self.mean[...], self.var[...], self.weight[...])
+        average = calibration.absorb(average, m, self.running_variance)
+        self.mean[...], self.var[...], self.weight[...] = average
         return affine(self, m, use_running_average=True, update_stats=False)
 
     return averaged

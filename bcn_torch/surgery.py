@@ -1,0 +1,476 @@
+"""Changes to a whole model: into batch-channel normalization, to new statistics, and for inference.
+
+convert_batch_norm   a model with `torch.nn.BatchNorm2d` becomes one with BCN and WS
+recalibrate          its running estimates become those of given data
+fold                 its norms and standardized weights become plain weights, for inference
+"""
+
+import copy
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from bcn_torch import checks
+from bcn_torch.norms import (
+    BatchChannelNorm,
+    BatchNorm,
+    EstimatedBatchNorm,
+    batch_moments,
+    frozen_statistics,
+)
+from bcn_torch.precision import widen
+from bcn_torch.weight_standardization import (
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+    WSLayer,
+    WSLinear,
+    standardize_weight,
+)
+
+Layer = _ConvNd | nn.Linear
+Norm = BatchNorm | BatchChannelNorm
+
+STANDARDIZED: dict[type[_ConvNd], type[_ConvNd]] = {
+    nn.Conv1d: WSConv1d,
+    nn.Conv2d: WSConv2d,
+    nn.Conv3d: WSConv3d,
+}
+PLAIN: dict[type[nn.Module], type[_ConvNd] | type[nn.Linear]] = {
+    WSLinear: nn.Linear,
+    **{ours: theirs for theirs, ours in STANDARDIZED.items()},
+}
+LAYERS = (*STANDARDIZED, nn.Linear, *PLAIN)
+NORMS = (BatchNorm, EstimatedBatchNorm, BatchChannelNorm)
+CONVOLUTION_ARGUMENTS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
+LINEAR_ARGUMENTS = ("in_features", "out_features")
+
+
+def convert_batch_norm(
+    model: nn.Module,
+    groups: int | None = 32,
+    ws: bool = True,
+    *,
+    estimate: bool = True,
+    momentum: float | None = None,
+    leave: Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
+    """Copy a model with a `BatchChannelNorm` for each batch norm, and weights standardized.
+
+    Each takes over scale, shift, running mean and variance, eps, momentum, mode, dtype, device and
+    `requires_grad` of a `torch.nn.BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d` or `SyncBatchNorm`;
+    its channel norm starts at scale 1 and shift 0, and learns if the scale it took over does. One
+    without scale and shift (`affine=False`) gets such as learn, from 1 and 0; one without
+    statistics (`track_running_stats=False`) gets mean 0 and variance 1 to start from.
+
+    With `ws`, the convolution that was defined last before the norm in the same parent module, of
+    the layers with as many outputs as the norm has channels, becomes a `WSConv` with the same
+    parameters. This changes what the convolution gives, so that the statistics are no longer its
+    own: `recalibrate` the model, and fine-tune it.
+
+    The model itself is not changed. What it shares stays shared in the copy. Hooks of what is
+    replaced are not carried over.
+
+    Args:
+        model: any module that has batch norms, or is one.
+        groups: of the channel norms; None: in each the largest divisor of its channels up to 32.
+        ws: whether to standardize the weights of the convolutions.
+        estimate: see `BatchChannelNorm`.
+        momentum: the weight of the *new* value, if not that of each batch norm.
+        leave: tells by dotted name and module which batch norms and convolutions stay as they are;
+            at all places, where a module is shared.
+
+    Raises:
+        ValueError: groups do not divide the channels of a norm; a norm is lazy, has a forward of
+            its own, or averages cumulatively (`momentum=None`) while no momentum is given; a
+            convolution has a fan-in of 1; a weight is parametrized. It lists all such modules.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from bcn_torch import convert_batch_norm, recalibrate
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU())
+        >>> model = convert_batch_norm(model)
+        >>> [type(layer).__name__ for layer in model]
+        ['WSConv2d', 'BatchChannelNorm', 'ReLU']
+        >>> recalibrate(model, [torch.randn(8, 3, 8, 8) for _ in range(4)])
+
+    Source: in the manner of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
+    """
+    if momentum is not None:
+        checks.momentum(momentum)
+    kept = {
+        module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if leave and isinstance(module, _BatchNorm | _ConvNd) and leave(name, module)
+    }
+    norms = {m for m in model.modules() if isinstance(m, _BatchNorm)} - kept
+    convolutions = _convolutions_before(norms, model) - kept if ws else set()
+
+    def converted(module: _BatchNorm | _ConvNd) -> nn.Module:
+        if isinstance(module, _BatchNorm):
+            like = _first_floating_point(module, model)
+            return _batch_channel_norm(module, groups, estimate, momentum, like)
+        checks.not_parametrized(module)
+        return _remade(module, STANDARDIZED[type(module)], module.weight, module.bias)
+
+    replacements: dict[nn.Module, nn.Module] = {}
+    complaints = []
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm | _ConvNd) and module in norms | convolutions:
+            try:
+                replacements[module] = converted(module)
+            except ValueError as error:
+                complaints.append(f"{name or 'the model itself'}: {error}")
+    checks.all_convertible(complaints)
+    return _copy_with(replacements, model)
+
+
+def _convolutions_before(norms: set[_BatchNorm], model: nn.Module) -> set[_ConvNd]:
+    """Of each norm's siblings the last layer before it with as many outputs, if a convolution."""
+    found: set[nn.Module] = set()
+    siblings: dict[str, list[nn.Module]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        before = siblings[name.rpartition(".")[0]]
+        before.append(module)
+        if isinstance(module, _BatchNorm) and module in norms:
+            fitting = [m for m in before if _outputs(m) == module.num_features]
+            found.update(fitting[-1:])
+    return {
+        layer
+        for layer in found
+        if isinstance(layer, _ConvNd) and type_before_parametrizations(layer) in STANDARDIZED
+    }
+
+
+def _outputs(module: nn.Module) -> int | None:
+    """How many channels or features come out of a convolution or linear layer."""
+    if isinstance(module, _ConvNd):
+        return module.out_channels
+    return module.out_features if isinstance(module, nn.Linear) else None
+
+
+def _first_floating_point(*modules: nn.Module) -> Tensor:
+    """The first parameter or buffer, which tells dtype and device."""
+    tensors = (t for m in modules for t in chain(m.parameters(), m.buffers()))
+    return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+
+def _batch_channel_norm(
+    norm: _BatchNorm, groups: int | None, estimate: bool, momentum: float | None, like: Tensor
+) -> BatchChannelNorm:
+    """A batch-channel norm that takes over what `norm` has, of the dtype and device of `like`."""
+    checks.not_lazy(norm)
+    checks.own_forward(norm, (_BatchNorm, nn.SyncBatchNorm))
+    checks.not_parametrized(norm)
+    momentum = checks.moving_average(norm.momentum if momentum is None else momentum)
+    channels = norm.num_features
+    if groups is None:
+        groups = max(d for d in range(1, 33) if channels % d == 0)
+    new = BatchChannelNorm(channels, groups, norm.eps, momentum, estimate)
+    new.to(like.device, like.dtype).train(norm.training)
+    if norm.weight is not None:
+        new.batch_norm.scale = norm.weight
+        new.channel_norm.requires_grad_(norm.weight.requires_grad)
+    if norm.bias is not None:
+        new.batch_norm.shift = norm.bias
+    if norm.running_mean is not None and norm.running_var is not None:
+        new.batch_norm.exp_mean.copy_(norm.running_mean)
+        new.batch_norm.exp_var.copy_(norm.running_var)
+    return new
+
+
+def _remade(
+    layer: Layer, kind: type[_ConvNd] | type[nn.Linear], weight: Tensor, bias: Tensor | None
+) -> nn.Module:
+    """A layer of this kind with the arguments of `layer` and these parameters."""
+    names = CONVOLUTION_ARGUMENTS if isinstance(layer, _ConvNd) else LINEAR_ARGUMENTS
+    arguments = {name: getattr(layer, name) for name in names}
+    # On the meta device nothing is drawn that would be thrown away.
+    new: Any = kind(**arguments, bias=bias is not None, device="meta")
+    new.weight, new.bias = weight, bias
+    return new.train(layer.training)
+
+
+def _copy_with(replacements: Mapping[nn.Module, nn.Module], model: nn.Module) -> nn.Module:
+    """Copy the model with the new modules wherever the old ones are, sharing what it shares."""
+    memo: dict[int, Any] = {}
+    for old, new in replacements.items():
+        # What the memo holds for an object passes for its copy: here, the copy of its successor.
+        memo[id(old)] = copy.deepcopy(new, memo)
+    return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -> None:
+    """Compute all running estimates anew from data, in place.
+
+        exp_mean = sum(n_t * mean_t) / sum(n_t)
+        exp_var = sum(n_t * var_t) / sum(n_t)
+
+    over the batches t of `n_t` values in a channel each. What the estimates were before plays no
+    part. The variance is the batch's, around its own mean; unbiased where `running_variance` says
+    so; and where that says "around_running_mean", of all the values together.
+
+    All runs as in evaluation, but every `BatchNorm` and `EstimatedBatchNorm`, alone or inside a
+    `BatchChannelNorm`, first averages its input in and then normalizes by the average so far. After
+    one batch the network is consistent on that batch: the input of every norm has the stored mean
+    and variance. With more it is nearly so, as the layers below change while those above are
+    measured.
+
+    Modes and `update_stats` are in the end what they were, and after an error the statistics too. A
+    norm that no batch reaches keeps its own.
+
+    Args:
+        model: any module that has batch norms of `bcn_torch`, not compiled.
+        batches: the model's input of each batch: a tensor, or a tuple of positional arguments.
+
+    Raises:
+        ValueError: there is no batch norm, no batch reaches one, or in some batch the mean or
+            variance of a channel is not finite.
+
+    Example:
+        >>> import torch
+        >>> from bcn_torch import BatchNorm, recalibrate
+        >>> layer = BatchNorm(1)
+        >>> recalibrate(layer, [torch.tensor([[1.0], [3.0]]), torch.tensor([[8.0]] * 4)])
+        >>> layer.exp_mean, layer.exp_var
+        (tensor([6.]), tensor([0.3333]))
+
+    Source: "precise BatchNorm" of Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
+    arXiv 2105.07576.
+    """
+    names = {m: name for name, m in model.named_modules() if isinstance(m, BatchNorm)}
+    checks.has_batch_norm(names)
+    values = dict.fromkeys(names, 0)
+
+    def average(norm: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        (x,) = (*args, *kwargs.values())
+        _average(norm, widen(x), values[norm], names[norm])
+        values[norm] += x.numel() // norm.channels
+
+    with _restored(model, names), ExitStack() as hooks:
+        model.eval()
+        for norm in names:
+            norm.training, norm.update_stats = False, False
+            hooks.callback(norm.register_forward_pre_hook(average, with_kwargs=True).remove)
+        for batch in batches:
+            model(*batch) if isinstance(batch, tuple) else model(batch)
+        checks.reached(values.values())
+
+
+def _average(norm: BatchNorm, x: Tensor, before: int, name: str) -> None:
+    """Average the moments of `x` into the estimates, which are those of so many values before."""
+    n = x.numel() // norm.channels
+    mu, sigma2 = (moment.flatten() for moment in batch_moments(x))
+    checks.finite_moments(mu, sigma2, name)
+    if norm.running_variance == "unbiased":
+        sigma2 = sigma2 * (n / max(n - 1, 1))
+    if not before:
+        # A weight of 0 would not do away with an old estimate that is not finite.
+        norm.exp_mean.zero_()
+        norm.exp_var.zero_()
+    r = n / (before + n)
+    change = mu - norm.exp_mean
+    norm.exp_mean.copy_(norm.exp_mean + r * change)
+    # Var = E[var] + Var[mean], the second term only where all the values count together
+    together = norm.running_variance == "around_running_mean"
+    between = r * (1 - r) * change**2 if together else 0
+    norm.exp_var.copy_((1 - r) * norm.exp_var + r * sigma2 + between)
+
+
+@contextmanager
+def _restored(model: nn.Module, norms: Iterable[BatchNorm]) -> Iterator[None]:
+    """In the end bring back modes and settings, and after an error the estimates too."""
+    modes = {module: module.training for module in model.modules()}
+    settings = {norm: norm.update_stats for norm in norms}
+    estimates = [(e, e.clone()) for n in norms for e in (n.exp_mean, n.exp_var)]
+    try:
+        yield
+    except BaseException:
+        for estimate, before in estimates:
+            estimate.copy_(before)
+        raise
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for norm, update_stats in settings.items():
+            norm.update_stats = update_stats
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
+    """Copy a model for inference, with its norms and standardized weights as plain weights.
+
+    In evaluation a batch norm is an affine map of each channel, which the convolution or linear
+    layer before it can do as well:
+
+        factor = scale / sqrt(exp_var + eps)
+        weight = factor * weight
+        bias = factor * (bias - exp_mean) + shift
+
+    So a `WSConv` or `WSLinear` becomes PyTorch's own layer, with the standardized weight; a
+    `BatchNorm` or `EstimatedBatchNorm` that follows such a layer, or PyTorch's own, goes into it
+    and leaves `torch.nn.Identity` behind; the batch norm of a `BatchChannelNorm` likewise, which
+    leaves its `ChannelNorm`. Computed in float64, rounded once to the weight's dtype.
+
+    What follows what is seen while the example runs through the model: the norm's input is the
+    layer's output itself. Where it is not, or where a layer or norm runs more than once, the norm
+    stays.
+
+    The result is compared with the model, in evaluation, on the example: relative to the largest
+    output, they may differ by `4 * sqrt(eps)` of the coarsest dtype of weights and outputs (float32
+    1.4e-3; on accelerators, where TF32 may be on, 0.13; bfloat16 0.35). In half precision that says
+    little: fold first, in float32, and convert then.
+
+    Args:
+        model: any module. It is not changed; the copy is in evaluation.
+        *example_inputs: positional arguments of the model.
+
+    Raises:
+        ValueError: the output differs, for the output of a folded layer is used elsewhere too.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from bcn_torch import BatchChannelNorm, WSConv2d, fold
+        >>> model = nn.Sequential(WSConv2d(3, 64, 3), BatchChannelNorm(64, 32))
+        >>> fold(model, torch.randn(1, 3, 8, 8))
+        Sequential(
+          (0): Conv2d(3, 64, kernel_size=(3, 3), stride=(1, 1))
+          (1): ChannelNorm(64, groups=32, eps=1e-05, affine=True)
+        )
+    """
+    model = copy.deepcopy(model).eval()
+    with frozen_statistics(model):
+        expected, layer_before = _observed(model, example_inputs)
+    norm_after = {layer: norm for norm, layer in layer_before.items()}
+    replacements: dict[nn.Module, nn.Module] = {
+        layer: _folded(layer, norm_after.get(layer))
+        for layer in model.modules()
+        if isinstance(layer, Layer) and (layer in norm_after or type(layer) in PLAIN)
+    }
+    for norm in layer_before:
+        rest = norm.channel_norm if isinstance(norm, BatchChannelNorm) else nn.Identity().eval()
+        replacements[norm] = rest
+    folded = _copy_with(replacements, model)
+    with frozen_statistics(folded):
+        actual = folded(*example_inputs)
+    _compare(actual, expected, _spacing(folded, expected))
+    return folded
+
+
+def _observed(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[Any, dict[Norm, Layer]]:
+    """The model's output, and for each norm that can be folded the layer that it can go into."""
+    calls: Counter[nn.Module] = Counter()
+    outputs: list[Tensor] = []
+    maker: dict[tuple[int, int], Layer] = {}
+    layer_before: dict[Norm, Layer] = {}
+
+    def after_layer(layer: Layer, _: Any, y: Tensor) -> None:
+        calls[layer] += 1
+        # Kept alive, or another tensor could come by its id. The version counts changes in place.
+        outputs.append(y)
+        # With channels at axis 1: a batch, and of a linear layer nothing more than that.
+        if y.dim() == layer.weight.dim():
+            maker[id(y), y._version] = layer
+
+    def before_norm(norm: Norm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[norm] += 1
+        (x,) = (*args, *kwargs.values())
+        layer = maker.get((id(x), x._version))
+        if layer is not None:
+            layer_before[norm] = layer
+
+    inner = {m.batch_norm for m in model.modules() if isinstance(m, BatchChannelNorm)}
+    with ExitStack() as hooks:
+        for module in model.modules():
+            # Exactly these types: a subclass may do more than the layer that it would become.
+            if isinstance(module, Layer) and type(module) in LAYERS:
+                hooks.callback(module.register_forward_hook(after_layer).remove)
+            if isinstance(module, Norm) and type(module) in NORMS and module not in inner:
+                hook = module.register_forward_pre_hook(before_norm, with_kwargs=True)
+                hooks.callback(hook.remove)
+        output = model(*example_inputs)
+    norms = Counter(layer_before.values())
+    once = {
+        norm: layer
+        for norm, layer in layer_before.items()
+        if calls[norm] == calls[layer] == norms[layer] == 1
+    }
+    return output, once
+
+
+def _folded(layer: Layer, norm: Norm | None) -> nn.Module:
+    """`layer`, plain, with the batch norm of `norm`, if any, by its estimates behind it."""
+    weight, bias = _exact(layer.weight), layer.bias
+    if isinstance(layer, WSLayer):
+        gain = None if layer.gain is None else _exact(layer.gain)
+        weight = standardize_weight(weight, layer.standardization, gain)
+    if norm is not None:
+        batch_norm = norm.batch_norm if isinstance(norm, BatchChannelNorm) else norm
+        mean, var = _exact(batch_norm.exp_mean), _exact(batch_norm.exp_var)
+        scale, shift = _exact(batch_norm.scale, otherwise=1), _exact(batch_norm.shift)
+        # y = scale * (w x + b - mu_hat) / sqrt(sigma2_hat + eps) + shift
+        factor = scale / (var + batch_norm.eps).sqrt()
+        weight = factor.view(-1, *(1,) * (weight.dim() - 1)) * weight
+        bias = factor * (_exact(bias) - mean) + shift
+
+    def rounded(values: Tensor) -> nn.Parameter:
+        return nn.Parameter(values.to(layer.weight), layer.weight.requires_grad)
+
+    bias = None if bias is None else rounded(bias)
+    return _remade(layer, PLAIN.get(type(layer), type(layer)), rounded(weight), bias)
+
+
+def _exact(values: Tensor | None, otherwise: float = 0) -> Tensor:
+    """In float64, on the CPU, since not every device has it; a number where there is nothing."""
+    if values is None:
+        return torch.tensor(otherwise, dtype=torch.float64)
+    return values.detach().to("cpu", torch.float64)
+
+
+def _compare(actual: Any, expected: Any, spacing: float) -> None:
+    """The outputs are the same but for rounding, which after many layers has grown a great deal."""
+    for ours, theirs in zip(_tensors(actual), _tensors(expected), strict=True):
+        if theirs.numel():
+            size = _exact(theirs).abs().max().item()
+            difference = (_exact(ours) - _exact(theirs)).abs().max().item()
+            checks.same_output(difference, 4 * spacing**0.5 * size)
+
+
+def _spacing(model: nn.Module, output: Any) -> float:
+    """The largest eps, the spacing at 1, of the dtypes of weights and outputs."""
+    tensors = [t for t in chain(model.parameters(), _tensors(output)) if t.is_floating_point()]
+    # Convolutions on accelerators may round float32 to the 10 bits of TF32.
+    return max(
+        (max(torch.finfo(t.dtype).eps, 0 if t.is_cpu else 2**-10) for t in tensors), default=0
+    )
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a model gives: one, or sequences and mappings of some."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from chain.from_iterable(map(_tensors, output.values()))
+    elif isinstance(output, list | tuple):
+        yield from chain.from_iterable(map(_tensors, output))
