@@ -221,6 +221,44 @@ def all_convertible(complaints: Sequence[str]) -> None:
         )
 
 
+def has_torch_batch_norm(norms: Collection[nn.Module]) -> None:
+    """There is something to convert."""
+    if not norms:
+        raise ValueError(
+            "The model must have a batch norm of torch.nn to convert, but it has none that is not "
+            "to be left as it is."
+        )
+
+
+def before_one_norm(names: Sequence[str]) -> None:
+    """By the order of definition no convolution stands before two norms."""
+    if names:
+        raise ValueError(
+            "The convolution before each norm must be clear from the order in which the modules "
+            f"are defined, but by that order {', '.join(names)} would be before several norms. "
+            "Give example_inputs, which show where the outputs of the convolutions go."
+        )
+
+
+def several_batches(batches: object) -> None:
+    """Batches are given one by one, not as one tensor."""
+    if isinstance(batches, Tensor):
+        raise ValueError(
+            "The batches must be an iterable of inputs, but they are one tensor of shape "
+            f"{tuple(batches.shape)}. For a single batch, put it in a list."
+        )
+
+
+def foldable(replacements: Collection[nn.Module]) -> None:
+    """There is something to fold."""
+    if not replacements:
+        raise ValueError(
+            "The model must have something to fold, a standardized weight, or a batch norm of "
+            "bcn_torch right after a convolution or linear layer, but on the example there was "
+            "neither. Convert the norms of torch.nn with convert_batch_norm."
+        )
+
+
 def has_batch_norm(norms: Collection[nn.Module]) -> None:
     """There are estimates to recalibrate."""
     if not norms:

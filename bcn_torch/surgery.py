@@ -7,10 +7,10 @@ fold                 its norms and standardized weights become plain weights, fo
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ def convert_batch_norm(
     groups: int | None = 32,
     ws: bool = True,
     *,
+    example_inputs: Sequence[Any] | None = None,
     estimate: bool = True,
     momentum: float | None = None,
     leave: Callable[[str, nn.Module], bool] | None = None,
@@ -80,27 +81,31 @@ def convert_batch_norm(
     without scale and shift (`affine=False`) gets such as learn, from 1 and 0; one without
     statistics (`track_running_stats=False`) gets mean 0 and variance 1 to start from.
 
-    With `ws`, the convolution that was defined last before the norm in the same parent module, of
-    the layers with as many outputs as the norm has channels, becomes a `WSConv` with the same
-    parameters. This changes what the convolution gives, so that the statistics are no longer its
-    own: `recalibrate` the model, and fine-tune it.
+    With `ws`, the convolution before each norm becomes a `WSConv` with the same parameters. Which
+    one that is shows where `example_inputs` run through the model: it is the one whose output the
+    norm is given. Without them it is the one defined last before the norm in the same parent
+    module, of the layers with as many outputs as the norm has channels. Standardized weights
+    change what the convolution gives, so that the statistics are no longer its own: `recalibrate`
+    the model, and fine-tune it.
 
     The model itself is not changed. What it shares stays shared in the copy. Hooks of what is
     replaced are not carried over.
 
     Args:
         model: any module that has batch norms, or is one.
-        groups: of the channel norms; None: in each the largest divisor of its channels up to 32.
+        groups: of the channel norms; None: in each the most up to 32, of two channels or more.
         ws: whether to standardize the weights of the convolutions.
+        example_inputs: positional arguments of the model, to see what comes before each norm.
         estimate: see `BatchChannelNorm`.
         momentum: the weight of the *new* value, if not that of each batch norm.
         leave: tells by dotted name and module which batch norms and convolutions stay as they are;
             at all places, where a module is shared.
 
     Raises:
-        ValueError: groups do not divide the channels of a norm; a norm is lazy, has a forward of
-            its own, or averages cumulatively (`momentum=None`) while no momentum is given; a
-            convolution has a fan-in of 1; a weight is parametrized. It lists all such modules.
+        ValueError: there is no batch norm to convert; groups do not divide the channels of a norm;
+            a norm is lazy, has a forward of its own, or averages cumulatively (`momentum=None`)
+            while no momentum is given; a convolution has a fan-in of 1, or by its definition stands
+            before two norms; a weight is parametrized. It lists all such modules.
 
     Example:
         >>> import torch
@@ -122,7 +127,13 @@ def convert_batch_norm(
         if leave and isinstance(module, _BatchNorm | _ConvNd) and leave(name, module)
     }
     norms = {m for m in model.modules() if isinstance(m, _BatchNorm)} - kept
-    convolutions = _convolutions_before(norms, model) - kept if ws else set()
+    checks.has_torch_batch_norm(norms)
+    convolutions: set[_ConvNd] = set()
+    if ws:
+        before = _defined_before(norms, model)
+        if example_inputs is not None:
+            before = _given_to(norms, model, example_inputs)
+        convolutions = before - kept
 
     def converted(module: _BatchNorm | _ConvNd) -> nn.Module:
         if isinstance(module, _BatchNorm):
@@ -143,21 +154,41 @@ def convert_batch_norm(
     return _copy_with(replacements, model)
 
 
-def _convolutions_before(norms: set[_BatchNorm], model: nn.Module) -> set[_ConvNd]:
+def _given_to(
+    norms: set[_BatchNorm], model: nn.Module, example_inputs: Sequence[Any]
+) -> set[_ConvNd]:
+    """The convolutions whose outputs these norms are given."""
+    twin = copy.deepcopy(model).eval()
+    original = dict(zip(twin.modules(), model.modules(), strict=True))
+    seen = _observed(
+        twin, example_inputs, STANDARDIZED, lambda module: isinstance(module, _BatchNorm)
+    )
+    return {
+        layer
+        for layer, norm in ((original[x], original[y]) for x, y in seen.pairs)
+        if norm in norms and isinstance(layer, _ConvNd)
+    }
+
+
+def _defined_before(norms: set[_BatchNorm], model: nn.Module) -> set[_ConvNd]:
     """Of each norm's siblings the last layer before it with as many outputs, if a convolution."""
-    found: set[nn.Module] = set()
+    found: dict[nn.Module, nn.Module] = {}
     siblings: dict[str, list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         before = siblings[name.rpartition(".")[0]]
         before.append(module)
         if isinstance(module, _BatchNorm) and module in norms:
             fitting = [m for m in before if _outputs(m) == module.num_features]
-            found.update(fitting[-1:])
-    return {
+            if fitting:
+                found[module] = fitting[-1]
+    layers = [
         layer
-        for layer in found
+        for layer in found.values()
         if isinstance(layer, _ConvNd) and type_before_parametrizations(layer) in STANDARDIZED
-    }
+    ]
+    names = {module: name for name, module in model.named_modules()}
+    checks.before_one_norm([names[layer] for layer, n in Counter(layers).items() if n > 1])
+    return set(layers)
 
 
 def _outputs(module: nn.Module) -> int | None:
@@ -183,7 +214,7 @@ def _batch_channel_norm(
     momentum = checks.moving_average(norm.momentum if momentum is None else momentum)
     channels = norm.num_features
     if groups is None:
-        groups = max(d for d in range(1, 33) if channels % d == 0)
+        groups = max(d for d in range(1, 33) if channels % d == 0 and (d == 1 or channels >= 2 * d))
     new = BatchChannelNorm(channels, groups, norm.eps, momentum, estimate)
     new.to(like.device, like.dtype).train(norm.training)
     if norm.weight is not None:
@@ -259,6 +290,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -
     """
     names = {m: name for name, m in model.named_modules() if isinstance(m, BatchNorm)}
     checks.has_batch_norm(names)
+    checks.several_batches(batches)
     values = dict.fromkeys(names, 0)
 
     def average(norm: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -346,7 +378,8 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
         *example_inputs: positional arguments of the model.
 
     Raises:
-        ValueError: the output differs, for the output of a folded layer is used elsewhere too.
+        ValueError: there is nothing to fold; or the output differs, for the output of a folded
+            layer is used elsewhere too.
 
     Example:
         >>> import torch
@@ -361,31 +394,60 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
     """
     model = copy.deepcopy(model).eval()
     with frozen_statistics(model):
-        expected, layer_before = _observed(model, example_inputs)
-    norm_after = {layer: norm for norm, layer in layer_before.items()}
+        seen = _observed(model, example_inputs, LAYERS, lambda module: type(module) in NORMS)
+    norm_after = seen.one_to_one()
     replacements: dict[nn.Module, nn.Module] = {
         layer: _folded(layer, norm_after.get(layer))
         for layer in model.modules()
         if isinstance(layer, Layer) and (layer in norm_after or type(layer) in PLAIN)
     }
-    for norm in layer_before:
+    checks.foldable(replacements)
+    for norm in norm_after.values():
         rest = norm.channel_norm if isinstance(norm, BatchChannelNorm) else nn.Identity().eval()
         replacements[norm] = rest
     folded = _copy_with(replacements, model)
     with frozen_statistics(folded):
         actual = folded(*example_inputs)
-    _compare(actual, expected, _spacing(folded, expected))
+    _compare(actual, seen.output, _spacing(folded, seen.output))
     return folded
 
 
-def _observed(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[Any, dict[Norm, Layer]]:
-    """The model's output, and for each norm that can be folded the layer that it can go into."""
+class Observation(NamedTuple):
+    """What happened while the model ran.
+
+    Attributes:
+        output: of the model.
+        pairs: a layer and the norm that was given its very output, for each such call.
+        calls: how often each of the layers and norms ran.
+    """
+
+    output: Any
+    pairs: list[tuple[nn.Module, nn.Module]]
+    calls: Counter[nn.Module]
+
+    def one_to_one(self) -> dict[nn.Module, Any]:
+        """The norm after each layer, where both ran once and neither has another partner."""
+        partners = Counter(chain.from_iterable(self.pairs))
+        return {
+            layer: norm
+            for layer, norm in self.pairs
+            if all(partners[m] == self.calls[m] == 1 for m in (layer, norm))
+        }
+
+
+def _observed(
+    model: nn.Module,
+    example_inputs: Sequence[Any],
+    layers: Collection[type[nn.Module]],
+    is_norm: Callable[[nn.Module], bool],
+) -> Observation:
+    """Run the model, and see which of its layers of these types give their output to a norm."""
     calls: Counter[nn.Module] = Counter()
     outputs: list[Tensor] = []
-    maker: dict[tuple[int, int], Layer] = {}
-    layer_before: dict[Norm, Layer] = {}
+    maker: dict[tuple[int, int], nn.Module] = {}
+    pairs: list[tuple[nn.Module, nn.Module]] = []
 
-    def after_layer(layer: Layer, _: Any, y: Tensor) -> None:
+    def after_layer(layer: Any, _: Any, y: Tensor) -> None:
         calls[layer] += 1
         # Kept alive, or another tensor could come by its id. The version counts changes in place.
         outputs.append(y)
@@ -393,30 +455,23 @@ def _observed(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[Any, dic
         if y.dim() == layer.weight.dim():
             maker[id(y), y._version] = layer
 
-    def before_norm(norm: Norm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_norm(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls[norm] += 1
         (x,) = (*args, *kwargs.values())
-        layer = maker.get((id(x), x._version))
-        if layer is not None:
-            layer_before[norm] = layer
+        if (id(x), x._version) in maker:
+            pairs.append((maker[id(x), x._version], norm))
 
     inner = {m.batch_norm for m in model.modules() if isinstance(m, BatchChannelNorm)}
-    with ExitStack() as hooks:
+    with torch.no_grad(), ExitStack() as hooks:
         for module in model.modules():
             # Exactly these types: a subclass may do more than the layer that it would become.
-            if isinstance(module, Layer) and type(module) in LAYERS:
+            if type(module) in layers:
                 hooks.callback(module.register_forward_hook(after_layer).remove)
-            if isinstance(module, Norm) and type(module) in NORMS and module not in inner:
+            if is_norm(module) and module not in inner:
                 hook = module.register_forward_pre_hook(before_norm, with_kwargs=True)
                 hooks.callback(hook.remove)
         output = model(*example_inputs)
-    norms = Counter(layer_before.values())
-    once = {
-        norm: layer
-        for norm, layer in layer_before.items()
-        if calls[norm] == calls[layer] == norms[layer] == 1
-    }
-    return output, once
+    return Observation(output, pairs, calls)
 
 
 def _folded(layer: Layer, norm: Norm | None) -> nn.Module:

@@ -204,7 +204,6 @@ UNFOLDED = {
         Graph(lambda m, x: m.norm(m.conv(x).relu_()), conv=conv(), norm=bcn()),
         [nn.Conv2d, BatchChannelNorm],
     ),
-    "no layer before": (Graph(lambda m, x: m.norm(x), norm=bcn()), [BatchChannelNorm]),
     "a convolution used twice": (
         Graph(lambda m, x: m.conv(m.norm(m.conv(x))), conv=conv(), norm=bcn()),
         [nn.Conv2d, BatchChannelNorm],
@@ -248,8 +247,14 @@ def test_what_a_subclass_does_is_not_folded_away():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    model = nn.Sequential(Doubling(4, 4, 3), bcn())
+    model = nn.Sequential(Doubling(4, 4, 3, padding=1), bcn(), conv())
     assert kinds(fold(model, torch.randn(2, 4, 4, 4)))[1:3] == [Doubling, BatchChannelNorm]
+
+
+@pytest.mark.parametrize("model", [bcn(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())])
+def test_a_model_with_nothing_to_fold_is_refused(model):
+    with pytest.raises(ValueError, match="must have something to fold"):
+        fold(model, torch.randn(2, 4, 4, 4))
 
 
 def test_a_shared_layer_that_runs_once_is_replaced_in_all_its_places():

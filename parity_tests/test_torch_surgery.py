@@ -204,10 +204,10 @@ def test_the_arguments_reach_every_norm(estimate):
     assert convert_batch_norm(cumulative, groups=2, momentum=0.2).batch_norm.momentum == 0.2
 
 
-def test_without_a_number_of_groups_each_norm_has_the_most_up_to_32():
+def test_without_a_number_of_groups_each_norm_has_the_most_up_to_32_of_two_channels_or_more():
     channels = [1, 7, 24, 31, 32, 33, 37, 48, 64, 100]
     model = convert_batch_norm(nn.ModuleList(map(nn.BatchNorm1d, channels)), groups=None)
-    assert [m.channel_norm.groups for m in model] == [1, 7, 24, 31, 32, 11, 1, 24, 32, 25]
+    assert [m.channel_norm.groups for m in model] == [1, 1, 12, 1, 16, 11, 1, 24, 32, 25]
 
 
 CONVOLUTIONS = {
@@ -271,7 +271,51 @@ def test_only_the_convolution_that_feeds_the_norm_is_standardized():
     ]  # fmt: skip
     assert converted_kinds(conv(3, 8, 3), nn.BatchNorm2d(8), ws=False) == [conv, norm]
     assert converted_kinds(WSConv2d(3, 8, 3), nn.BatchNorm2d(8)) == [WSConv2d, norm]
-    assert converted_kinds(conv(3, 8, 3), BatchChannelNorm(8, 2)) == [conv, norm]
+    assert converted_kinds(conv(3, 8, 3), norm(8, 2), nn.BatchNorm2d(4)) == [conv, norm, norm]
+
+
+class Crossed(nn.Module):
+    """Defined in an order that tells a wrong story."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(4)
+        self.conv1 = nn.Conv2d(4, 8, 3)
+        self.shortcut = nn.Conv2d(4, 8, 3)
+        self.norm2 = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        x = self.norm1(x).relu()
+        return self.norm2(self.conv1(x)) + self.shortcut(x)
+
+
+def test_an_example_shows_which_convolution_feeds_the_norm():
+    model = Crossed()
+    before = copy.deepcopy(model.state_dict())
+    guessed = convert_batch_norm(model, groups=2)
+    seen = convert_batch_norm(model, groups=2, example_inputs=(torch.randn(2, 4, 5, 5),))
+    assert [type(guessed.conv1), type(guessed.shortcut)] == [nn.Conv2d, WSConv2d]
+    assert [type(seen.conv1), type(seen.shortcut)] == [WSConv2d, nn.Conv2d]
+    assert_equal(model.state_dict(), before)
+    assert model.training
+    assert seen.training
+
+
+def test_an_order_that_tells_no_story_is_refused():
+    convolutions = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    norms = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+    model = nn.Sequential(*convolutions, *norms)
+    with pytest.raises(ValueError, match="by that order 1 would be before several norms"):
+        convert_batch_norm(model, groups=2)
+    assert [type(m) for m in convert_batch_norm(model, groups=2, ws=False)][2:] == [
+        BatchChannelNorm,
+        BatchChannelNorm,
+    ]
+
+
+def test_a_model_without_batch_norms_has_nothing_to_convert():
+    with pytest.raises(ValueError, match=r"must have a batch norm of torch\.nn"):
+        convert_batch_norm(nn.Conv2d(3, 8, 3))
 
 
 def test_what_does_something_of_its_own_is_left_or_refused_but_never_turned():
@@ -326,7 +370,9 @@ def test_leave_is_asked_about_the_models_own_norms_and_convolutions_by_name():
 def test_a_shared_module_is_left_everywhere_if_it_is_left_anywhere():
     norm = nn.BatchNorm2d(8)
     new = convert_batch_norm(
-        nn.ModuleDict({"a": norm, "b": norm}), groups=2, leave=lambda name, _: name == "b"
+        nn.ModuleDict({"a": norm, "b": norm, "c": nn.BatchNorm2d(8)}),
+        groups=2,
+        leave=lambda name, _: name == "b",
     )
     assert type(new["a"]) is nn.BatchNorm2d
     assert new["a"] is new["b"]
@@ -588,6 +634,11 @@ def test_after_an_error_all_is_as_it_was(data, error, text):
     assert_equal(after, before)
     assert new_others == others
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_one_tensor_is_no_iterable_of_batches():
+    with pytest.raises(ValueError, match=r"one tensor of shape \(3, 2\)"):
+        recalibrate(BatchNorm(2), torch.randn(3, 2))
 
 
 def test_a_model_without_batch_norms_has_nothing_to_recalibrate():
