@@ -176,6 +176,16 @@ def several_values(samples: object, values: object) -> None:
         )
 
 
+def several_values_in_a_group(channels: int, values: object) -> None:
+    """A single value standardized is 0, whatever it was."""
+    if isinstance(values, int) and channels * values == 1:
+        warnings.warn(
+            "Each group of the channel norm has a single value (1 channel, without space axes or "
+            "of size 1), so its output is the bias, whatever the input. Use fewer groups.",
+            stacklevel=2,
+        )
+
+
 def fan_in(shape: Sequence[int], axis: int) -> None:
     """Weight standardization needs two weights or more for each output channel."""
     rank = len(shape)

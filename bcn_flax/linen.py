@@ -214,7 +214,9 @@ class ChannelNorm(nn.Module):
     def affine(self, m: Moments) -> Affine:
         """The map to apply to an input with moments `m`."""
         checks.epsilon(self.epsilon)
-        groups = checks.group_count(m.mean.shape[1], self.num_groups, self.group_size)
+        channels = m.mean.shape[1]
+        groups = checks.group_count(channels, self.num_groups, self.group_size)
+        checks.several_values_in_a_group(channels // groups, m.size)
         return norms.channel_norm(m, _learned(self, groups), self.epsilon)
 
 
@@ -223,7 +225,8 @@ class BatchChannelNorm(_WithRunningAverages):
 
     The batch norm keeps channels from collapsing, which a channel norm alone cannot; the channel
     norm makes it safe to run the batch norm on estimated statistics, so that a batch of one image
-    will do. A drop-in replacement for `flax.linen.BatchNorm`.
+    will do. A drop-in replacement for `flax.linen.BatchNorm`. Give the groups several channels:
+    with one, the channel norm undoes whatever the batch norm did.
 
     Parameters are `batch_norm/{scale,bias}`, `(c,)`, and `channel_norm/{scale,bias}`, `(groups,)`;
     statistics are `batch_norm/{mean,var}`, `(c,)`, in the collection `batch_stats`.

@@ -155,7 +155,7 @@ class BatchNorm(_WithRunningAverages):
         self.use_bias = use_bias
         self.use_scale = use_scale
         self.axis_name = axis_name
-        # What an NNX module holds besides arrays must be hashable, and lists are not.
+        # What an NNX module holds besides arrays must have a hash, and lists have none.
         self.axis_index_groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
         self.running_variance = running_variance
         self.update_stats = update_stats
@@ -452,8 +452,8 @@ class _StandardizedKernel(nnx.Module):
     def _standardize_and_promote(
         self, values: tuple[Array, Array, Array | None], /, **kwargs: Any
     ) -> Any:
-        # Flax has multiplied the kernel by its mask of zeros and ones. Beginning with the raw one,
-        # and multiplying in the end, is what happens in linen, to the last bit of the gradients.
+        # Flax has multiplied this kernel by its mask. To begin with the raw one, and to multiply in
+        # the end, is what happens in linen, to the last bit of the gradients.
         x, _, bias = values
         mask = getattr(self, "mask", None)
         kernel = standardize_kernel(

@@ -7,6 +7,7 @@ Source: Qiao, Wang, Liu, Shen, Yuille, "Micro-Batch Training with Batch-Channel 
 Weight Standardization", arXiv 1903.10520.
 """
 
+from bcn_torch import variants
 from bcn_torch.norms import (
     BatchChannelNorm,
     BatchNorm,
@@ -41,4 +42,5 @@ __all__ = [
     "frozen_statistics",
     "recalibrate",
     "standardize_weight",
+    "variants",
 ]

@@ -106,6 +106,19 @@ def several_values(shape: Sequence[int]) -> None:
         )
 
 
+def several_values_in_a_group(shape: Sequence[int], groups: int) -> None:
+    """A single value standardized is 0, whatever it was.
+
+    Silent in a compiled graph, which has no place for a warning.
+    """
+    if not torch.compiler.is_compiling() and math.prod(shape[1:]) == groups:
+        warnings.warn(
+            f"Each of the {groups} groups has a single value (the shape is {tuple(shape)}), so the "
+            "output is the shift, whatever the input. Use fewer groups.",
+            stacklevel=2,
+        )
+
+
 def fan_in(shape: Sequence[int]) -> None:
     """Weight standardization needs two weights or more for each output channel."""
     weights = math.prod(shape[1:])

@@ -296,6 +296,7 @@ class ChannelNorm(_Norm):
             ValueError: `x` is not of floating point, is empty, or has no `channels` at axis 1.
         """
         checks.activation(x, self.channels)
+        checks.several_values_in_a_group(x.shape, self.groups)
         # [batch, channels, *] -> [batch, groups, channels / groups, *]
         grouped = widen(x).unflatten(1, (self.groups, -1))
         mean, var = _moments(grouped, axes=range(2, grouped.dim()))

@@ -231,6 +231,14 @@ def test_a_single_value_per_channel_is_warned_of_in_training_only():
     layer.apply(variables, jnp.ones((2, 8)), mutable=["batch_stats"])
 
 
+def test_groups_of_a_single_value_are_warned_of():
+    layer = ChannelNorm(8)
+    with pytest.warns(UserWarning, match=r"single value .* so its output is the bias"):
+        layer.init(jax.random.key(0), jnp.ones((2, 1, 8)))
+    layer.init(jax.random.key(0), jnp.ones((2, 2, 8)))
+    ChannelNorm(4).init(jax.random.key(0), jnp.ones((2, 8)))
+
+
 @pytest.mark.parametrize(
     ("shape", "axis", "message"),
     [

@@ -371,7 +371,7 @@ class TestRecalibration:
         """Averages of a rate that is too slow are far from the data; recalibrated they are near."""
         model = BatchChannelNorm(num_groups=1, use_running_average=True)
         x = IMAGES * jnp.asarray([1.0, 10.0, 100.0]).reshape(1, 1, 1, 3) + 50
-        variables = recalibrate(model, model.init(jax.random.key(0), x), x[:, None])
+        variables = recalibrate(model, model.init(jax.random.key(0), x), list(x[:, None]))
         y = np.asarray(model.apply(variables, x))
         assert np.abs(y.mean((0, 1, 2))).max() < 0.05
         assert np.abs(y.std((0, 1, 2)) - 1).max() < 0.2
@@ -382,9 +382,10 @@ class TestRecalibration:
         with pytest.raises(ValueError, match="infinite or NaN"):
             recalibrate(DEEP, variables_of(DEEP), batches)
 
-    def test_no_batches_are_refused(self):
-        with pytest.raises(ValueError, match="at least one batch"):
-            recalibrate(DEEP, variables_of(DEEP), [])
+    @pytest.mark.parametrize("batches", [[], IMAGES])
+    def test_no_batches_are_refused(self, batches):
+        with pytest.raises(ValueError, match=r"at least one batch|one array of shape"):
+            recalibrate(DEEP, variables_of(DEEP), batches)
 
     def test_a_model_without_such_norms_is_refused(self):
         model = Net((nn.Conv(4, (3, 3)),))

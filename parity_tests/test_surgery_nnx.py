@@ -123,7 +123,7 @@ class TestConversion:
 
     def test_groups_are_chosen_to_divide(self):
         converted = convert_batch_norm(CNN(width=36, rngs=nnx.Rngs(0)), IMAGES, num_groups=None)
-        assert converted.a_norm.channel_norm.num_groups == 18
+        assert converted.a_norm.channel_norm.num_groups == 18  # of 2 channels
 
     def test_a_shared_norm_stays_shared(self):
         class Shared(nnx.Module):
@@ -143,6 +143,24 @@ class TestConversion:
     def test_a_norm_alone_is_converted(self):
         converted = convert_batch_norm(nnx.BatchNorm(8, rngs=nnx.Rngs(0)), num_groups=2, ws=False)
         assert isinstance(converted, BatchChannelNorm)
+
+    def test_what_had_no_scale_and_bias_learns_some(self):
+        bare = nnx.BatchNorm(8, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
+        converted = convert_batch_norm(bare, num_groups=2, ws=False)
+        assert (converted.batch_norm.scale[...] == jnp.ones(8)).all()
+        assert (converted.channel_norm.bias[...] == jnp.zeros(2)).all()
+
+    def test_a_convolution_that_is_called_twice_is_converted_too(self):
+        class Twice(nnx.Module):
+            def __init__(self, rngs):
+                self.conv = nnx.Conv(3, 3, (3, 3), rngs=rngs)
+                self.norm = nnx.BatchNorm(3, rngs=rngs)
+
+            def __call__(self, x):
+                return self.norm(self.conv(self.norm(self.conv(x))))
+
+        converted = convert_batch_norm(Twice(nnx.Rngs(0)), IMAGES, num_groups=1)
+        assert type(converted.conv) is WSConv
 
     def test_all_that_cannot_be_converted_is_listed_and_nothing_is(self):
         model = CNN(width=20, rngs=nnx.Rngs(0))
@@ -182,7 +200,7 @@ class TestConversion:
         x = jnp.asarray(digits[:32].reshape(8, 4, 8, 8, 1) / 16, jnp.float32)
         y = jnp.asarray(labels[:32].reshape(8, 4))
         model = convert_batch_norm(model, x[0], num_groups=8)
-        recalibrate(model, x)
+        recalibrate(model, list(x))
         model.train()
         optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
@@ -280,6 +298,20 @@ class TestFolding:
         with pytest.raises(ValueError, match="goes somewhere else too"):
             fold(randomized(Fork(nnx.Rngs(0))), IMAGES)
 
+    def test_two_norms_of_one_output_stay(self):
+        class Two(nnx.Module):
+            def __init__(self, rngs):
+                self.conv = WSConv(3, 6, (3, 3), rngs=rngs)
+                self.first, self.second = norm(rngs), norm(rngs)
+
+            def __call__(self, x):
+                y = self.conv(x)
+                return self.first(y) + self.second(y)
+
+        folded = fold(randomized(Two(nnx.Rngs(0))), IMAGES)
+        kinds = [type(m) for m in (folded.conv, folded.first, folded.second)]
+        assert kinds == [nnx.Conv, BatchChannelNorm, BatchChannelNorm]
+
     def test_a_norm_that_is_called_with_flags_stays(self):
         class Flagged(nnx.Module):
             def __init__(self, rngs):
@@ -338,11 +370,13 @@ class TestRecalibration:
         expected = 2 * IMAGES.mean((0, 1, 2))
         assert_close(model.norm.mean[...], expected, ulps=16, dtype=np.float32)
 
-    @pytest.mark.parametrize("batches", [[], [IMAGES, IMAGES.at[0].set(jnp.nan)]])
+    @pytest.mark.parametrize("batches", [[], IMAGES, [IMAGES, IMAGES.at[0].set(jnp.nan)]])
     def test_what_is_refused_changes_nothing(self, batches):
         model = randomized(BatchChannelNorm(3, num_groups=1, rngs=nnx.Rngs(0)))
         before = snapshot(model)
-        with pytest.raises(ValueError, match=r"at least one batch|infinite or NaN"):
+        with pytest.raises(
+            ValueError, match=r"at least one batch|infinite or NaN|one array of shape"
+        ):
             recalibrate(model, batches)
         assert_unchanged(model, before)
 

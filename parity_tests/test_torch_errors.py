@@ -192,6 +192,14 @@ SINGLE_VALUE = (
 )
 
 
+def test_groups_of_a_single_value_are_warned_of():
+    layer = ChannelNorm(8, 8)
+    with pytest.warns(UserWarning, match="single value .* so the output is the shift"):
+        layer(torch.ones(2, 8, 1))
+    layer(torch.ones(2, 8, 2))
+    ChannelNorm(8, 4)(torch.ones(2, 8))
+
+
 def exactly(text):
     """The pattern of this text and nothing else."""
     return re.escape(text) + r"\Z"

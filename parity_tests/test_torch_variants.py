@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import bcn_flax.variants
 from bcn_torch import (
     VGG,
     BatchChannelNorm,
@@ -226,6 +227,17 @@ def test_a_network_takes_the_names_too(name):
     assert [conv.standardization for conv in convolutions] == [WS["timm_scaled"]] * 2
     norm = VGG(((8,),), norm="bn", running_variance="unbiased").layers[1]
     assert norm.running_variance == "unbiased"
+
+
+def test_the_names_mean_the_same_in_flax():
+    assert [(name, tuple(how)) for name, how in WS.items()] == [
+        (name, tuple(how)) for name, how in bcn_flax.variants.WS.items()
+    ]
+    flax_words = {"eps": "epsilon", "batch_eps": "batch_epsilon"}
+    for name, arguments in BCN.items():
+        renamed = {flax_words.get(word, word): value for word, value in arguments.items()}
+        renamed["momentum"] = 1 - renamed["momentum"]
+        assert renamed == bcn_flax.variants.BCN[name]
 
 
 def test_nobody_can_change_what_a_name_means():

@@ -8,7 +8,8 @@ from flax import nnx
 
 import bcn_flax
 import bcn_flax.nnx
-from bcn_flax import Standardization, standardize_kernel
+from bcn_flax import Standardization, models, standardize_kernel
+from bcn_flax.models import nnx as nnx_models
 from bcn_flax.variants import BCN, WS
 from parity_tests import published
 from parity_tests.published import C, G, weights
@@ -198,6 +199,20 @@ def test_one_step_from_the_start_tells_the_estimates_apart():
 def test_the_annotated_names_are_the_defaults():
     assert bcn_flax.BatchChannelNorm(**BCN["annotated"]) == bcn_flax.BatchChannelNorm()
     assert WS["annotated"] == Standardization() == bcn_flax.WSConv(4, (3, 3)).standardization
+
+
+@pytest.mark.parametrize("name", BCN)
+def test_networks_take_the_names_too(name):
+    options = {**BCN[name], "num_groups": 4, "standardization": WS["bit"]}
+    linen = models.VGG(((8,),), **options)
+    module = nnx_models.VGG(((8,),), **options, rngs=nnx.Rngs(0))
+    bound = linen.bind(linen.init(jax.random.key(0), jnp.ones((1, 4, 4, 3)), train=False))
+    for conv, norm in (bound.layers[:2], module.layers[:2]):
+        assert conv.standardization == WS["bit"]
+        batch_norm = getattr(norm, "batch_norm", norm)
+        assert batch_norm.running_variance == BCN[name]["running_variance"]
+        assert batch_norm.momentum == BCN[name]["momentum"]
+    assert bound.layers[1].batch_epsilon == BCN[name].get("batch_epsilon")
 
 
 @pytest.mark.parametrize("name", ["timm_scaled", "nfnet"])

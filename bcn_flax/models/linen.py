@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from bcn_flax import checks
 from bcn_flax.linen import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import vgg
+from bcn_flax.norms import RunningVariance
 from bcn_flax.weight_standardization import Standardization
 
 
@@ -41,6 +42,8 @@ class VGG(nn.Module):
         dtype: of the computation; by default what the input and the parameters promote to.
         param_dtype: of the parameters.
         axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
+        batch_epsilon: see `BatchChannelNorm`.
+        running_variance: see `BatchNorm`.
         standardization: of the standardized weights.
 
     Source: Simonyan and Zisserman, arXiv 1409.1556; configuration from the annotated
@@ -58,6 +61,8 @@ class VGG(nn.Module):
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     axis_name: str | None = None
+    batch_epsilon: float | None = None
+    running_variance: RunningVariance = "biased"
     standardization: Standardization = Standardization()
 
     def setup(self) -> None:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from bcn_flax import checks
 from bcn_flax.models import vgg
 from bcn_flax.nnx import BatchChannelNorm, BatchNorm, WSConv
+from bcn_flax.norms import RunningVariance
 from bcn_flax.weight_standardization import Standardization
 
 
@@ -43,6 +44,8 @@ class VGG(nnx.Module):
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         axis_name: str | None = None,
+        batch_epsilon: float | None = None,
+        running_variance: RunningVariance = "biased",
         standardization: Standardization = Standardization(),
         rngs: nnx.Rngs,
     ) -> None:
@@ -62,6 +65,8 @@ class VGG(nnx.Module):
             dtype: of the computation; by default what the input and the parameters promote to.
             param_dtype: of the parameters.
             axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
+            batch_epsilon: see `BatchChannelNorm`.
+            running_variance: see `BatchNorm`.
             standardization: of the standardized weights.
             rngs: random numbers for the initializers.
 
@@ -77,6 +82,8 @@ class VGG(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.axis_name = axis_name
+        self.batch_epsilon = batch_epsilon
+        self.running_variance = running_variance
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         convolution = partial(WSConv, standardization=standardization) if ws else nnx.Conv
         widths = iter((in_channels, *chain(*blocks)))

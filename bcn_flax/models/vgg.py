@@ -9,6 +9,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from bcn_flax import checks
+from bcn_flax.norms import RunningVariance
 
 Norm = Literal["bcn", "bn", "gn", "none"]
 
@@ -24,6 +25,8 @@ class Options(Protocol):
     estimate: bool
     momentum: float
     epsilon: float
+    batch_epsilon: float | None
+    running_variance: RunningVariance
     dtype: Dtype | None
     param_dtype: Dtype
     axis_name: str | None
@@ -46,12 +49,17 @@ def choose_norm(
         "dtype": network.dtype,
         "param_dtype": network.param_dtype,
     }
-    batch: dict[str, Any] = {"momentum": network.momentum, "axis_name": network.axis_name}
+    batch: dict[str, Any] = {
+        "momentum": network.momentum,
+        "axis_name": network.axis_name,
+        "running_variance": network.running_variance,
+    }
     match network.norm:
         case "bcn":
             groups: dict[str, Any] = {
                 "num_groups": network.num_groups,
                 "estimate": network.estimate,
+                "batch_epsilon": network.batch_epsilon,
             }
             return partial(batch_channel_norm, **groups, **batch, **shared)
         case "bn":
@@ -83,8 +91,13 @@ def layers(
             yield conv(features)
             if norm is not None:
                 yield norm(features)
-            yield nn.relu
+            yield rectify
         yield halve
+
+
+def rectify(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """ReLU; unlike `jax.nn.relu` it can be pickled, and so can a network that holds it."""
+    return nn.relu(x)
 
 
 def halve(x: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 c"]:

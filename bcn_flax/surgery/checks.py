@@ -51,6 +51,15 @@ def example_input(args: Sequence[Any]) -> None:
         )
 
 
+def several_batches(batches: object) -> None:
+    """Batches are given one by one, not as one array."""
+    if isinstance(batches, jax.Array | np.ndarray):
+        raise ValueError(
+            "The batches must be an iterable of inputs, but they are one array of shape "
+            f"{batches.shape}. For a single batch, put it in a list."
+        )
+
+
 def batches(seen: int) -> None:
     """There is something to take statistics from."""
     if not seen:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Hashable
+from itertools import chain
 from typing import Generic, TypeVar
 
 from jax import Array
@@ -25,24 +26,18 @@ class Flow(Generic[Path]):
         """Note that the norm at `path` was given `x`."""
         self._inputs.append((path, x))
 
-    @property
-    def producers(self) -> list[Path]:
-        """The convolutions that were called, in order."""
-        return list(dict.fromkeys(path for path, _ in self._outputs))
-
-    @property
-    def consumers(self) -> list[Path]:
-        """The norms that were called, in order."""
-        return list(dict.fromkeys(path for path, _ in self._inputs))
-
-    def feeders(self) -> dict[Path, Path]:
-        """For each norm, the convolution whose very output it is given.
-
-        Without the norms that are given anything else, and without those where the convolution or
-        the norm is called more than once.
-        """
+    def pairs(self) -> list[tuple[Path, Path]]:
+        """A convolution and the norm that was given its very output, for each such call."""
         # The arrays are held here, so that no two of them have had the same id.
         made_by = {id(y): path for path, y in self._outputs}
+        return [(made_by[id(x)], norm) for norm, x in self._inputs if id(x) in made_by]
+
+    def one_to_one(self) -> dict[Path, Path]:
+        """The norm after each convolution, where both ran once and neither has another partner."""
         calls = Counter(path for path, _ in self._outputs + self._inputs)
-        pairs = [(norm, made_by[id(x)]) for norm, x in self._inputs if id(x) in made_by]
-        return {norm: conv for norm, conv in pairs if calls[norm] == calls[conv] == 1}
+        partners = Counter(chain.from_iterable(self.pairs()))
+        return {
+            conv: norm
+            for conv, norm in self.pairs()
+            if all(partners[path] == calls[path] == 1 for path in (conv, norm))
+        }

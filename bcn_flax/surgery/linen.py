@@ -1,14 +1,7 @@
 """Operations on linen models and their variables.
 
-To convert a linen model, give it another norm and convolution: its modules are made in its code.
-Written with both as attributes, it needs no change at all:
-
-    class Block(nn.Module):
-        conv: Any = nn.Conv
-        norm: Any = nn.BatchNorm
-        ...
-
-    Block(conv=WSConv, norm=partial(BatchChannelNorm, num_groups=8))
+There is nothing to convert in a linen model, whose modules are made in its code: let it take their
+classes as attributes, `conv: Any = nn.Conv` and `norm: Any = nn.BatchNorm`, and give it others.
 """
 
 import dataclasses
@@ -61,9 +54,9 @@ def recalibrate(
         >>> from bcn_flax import BatchChannelNorm
         >>> from bcn_flax.surgery.linen import recalibrate
         >>> model = BatchChannelNorm(num_groups=4, use_running_average=True)
-        >>> batches = jax.random.normal(jax.random.key(0), (3, 2, 8, 8, 16))
-        >>> variables = model.init(jax.random.key(1), batches[0])
-        >>> variables = recalibrate(model, variables, batches)
+        >>> images = jax.random.normal(jax.random.key(0), (2, 8, 8, 16))
+        >>> variables = model.init(jax.random.key(1), images)
+        >>> variables = recalibrate(model, variables, [images, 2 * images])
 
     Args:
         model: a network with norms of this library.
@@ -74,6 +67,7 @@ def recalibrate(
     Raises:
         ValueError: there are no batches, or no norms, or a batch has values that are not finite.
     """
+    checks.several_batches(batches)
     calls = 0
 
     def average_first(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
@@ -168,8 +162,7 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
             convolution goes not only to its norm.
     """
     variables = meta.unbox(variables)
-    feeders, modules = _flow(model, variables, args, kwargs)
-    norm_after = {conv: norm for norm, conv in feeders.items()}
+    norm_after, modules = _flow(model, variables, args, kwargs)
     params = flatten_dict(variables.get("params", {}))
     stats = flatten_dict(variables.get("batch_stats", {}))
     convolutions = {}
@@ -200,7 +193,7 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
         },
         model=model,
         convolutions=convolutions,
-        norms=frozenset(feeders),
+        norms=frozenset(norm_after.values()),
     )
     checks.same_output(
         folded.apply(folded.variables, *args, **kwargs),
@@ -213,7 +206,7 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
 def _flow(
     model: nn.Module, variables: Variables, args: Any, kwargs: Any
 ) -> tuple[dict[Path, Path], dict[Path, nn.Module]]:
-    """The convolution that feeds each norm, and the modules at those paths and others."""
+    """The norm after each convolution, and the modules at those paths and others."""
     flow: Flow[Path] = Flow()
     modules: dict[Path, nn.Module] = {}
 
@@ -234,7 +227,7 @@ def _flow(
 
     with nn.intercept_methods(watch):
         jax.eval_shape(lambda: model.apply(variables, *args, **kwargs))
-    return flow.feeders(), modules
+    return flow.one_to_one(), modules
 
 
 def _check_evaluation(

@@ -39,7 +39,8 @@ def convert_batch_norm(
 ) -> Any:
     """A copy of `model` with `BatchChannelNorm` for `nnx.BatchNorm`, and `WSConv` before it.
 
-    Scales, biases, statistics and arguments are carried over. With `ws`, each `nnx.Conv` whose
+    Scales, biases, statistics and arguments are carried over; one without scale or bias gets such
+    as learn, from 1 and 0. With `ws`, each `nnx.Conv` whose
     output one of these norms is given becomes a `WSConv` with the same parameters. Standardized
     kernels give other outputs, so `recalibrate` the result, and then train it further.
 
@@ -56,8 +57,8 @@ def convert_batch_norm(
     Args:
         model: an NNX module; it is not changed.
         args: an example input, which shows what comes before each norm; needed with `ws` only.
-        num_groups: number of groups of channels; None is for each norm the largest number up to 32
-            that divides its channels.
+        num_groups: number of groups of channels; None is for each norm the most up to 32, of two
+            channels or more.
         ws: whether to standardize the weights of the convolutions before.
         estimate: see `bcn_flax.linen.BatchChannelNorm`.
         momentum: the weight of the old running average, instead of each norm's own.
@@ -73,10 +74,10 @@ def convert_batch_norm(
     modules = dict(nnx.iter_modules(model))
     left = {p for p, m in modules.items() if leave is not None and leave(_name(p), m)}
     norms = {p: m for p, m in modules.items() if isinstance(m, nnx.BatchNorm) and p not in left}
-    fed_by = _flow(model, args, nnx.BatchNorm, with_flags=True) if ws else {}
+    pairs = _flow(model, args, nnx.BatchNorm, with_flags=True).pairs() if ws else []
     convolutions: dict[Path, Any] = {
         conv: modules[conv]
-        for norm, conv in fed_by.items()
+        for conv, norm in pairs
         if norm in norms and conv not in left and type(modules[conv]) is nnx.Conv
     }
     complaints = [
@@ -106,7 +107,7 @@ def recalibrate(model: Any, batches: Iterable[Any]) -> None:
         >>> from bcn_flax.nnx import BatchChannelNorm
         >>> from bcn_flax.surgery.nnx import recalibrate
         >>> model = BatchChannelNorm(16, num_groups=4, rngs=nnx.Rngs(0))
-        >>> recalibrate(model, jax.random.normal(jax.random.key(0), (3, 2, 8, 8, 16)))
+        >>> recalibrate(model, [jax.random.normal(jax.random.key(0), (2, 8, 8, 16))])
 
     Args:
         model: a network with norms of this library.
@@ -115,6 +116,7 @@ def recalibrate(model: Any, batches: Iterable[Any]) -> None:
     Raises:
         ValueError: there are no batches, or no norms, or a batch has values that are not finite.
     """
+    checks.several_batches(batches)
     copy = _evaluating(model)
     checks.norms(len(_batch_norms(copy)))
     for norm in _batch_norms(copy):
@@ -166,16 +168,16 @@ def fold(model: Any, *args: Any) -> Any:
             convolution goes not only to its norm.
     """
     model = _evaluating(model)
-    modules = dict(nnx.iter_modules(model))
-    fed_by = _flow(model, args, (BatchNorm, BatchChannelNorm), with_flags=False)
-    norm_after: dict[Path, Any] = {conv: modules[norm] for norm, conv in fed_by.items()}
+    modules: dict[Path, Any] = dict(nnx.iter_modules(model))
+    norm_after = _flow(model, args, (BatchNorm, BatchChannelNorm), with_flags=False).one_to_one()
+    norms = set(norm_after.values())
     checks.foldable(norm_after or [m for m in modules.values() if _is_standardized(m)])
 
     def replace(path: Path, node: Any) -> Any:
-        if path in fed_by:
+        if path in norms:
             return node.channel_norm if isinstance(node, BatchChannelNorm) else _Nothing(node)
         if path in norm_after or _is_standardized(node):
-            return _folded(node, norm_after.get(path))
+            return _folded(node, modules[norm_after[path]] if path in norm_after else None)
         return node
 
     folded = nnx.recursive_map(replace, nnx.clone(model))
@@ -202,9 +204,10 @@ def _is_standardized(module: Any) -> bool:
 
 
 def _groups(channels: int, num_groups: int | None) -> int:
-    """As many groups as asked for, or the most up to 32 that the channels allow."""
+    """As many groups as asked for, or the most up to 32, of two channels or more."""
     if num_groups is None:
-        num_groups = max(d for d in range(1, 33) if channels % d == 0)
+        divisors = (d for d in range(1, 33) if channels % d == 0)
+        num_groups = max(d for d in divisors if d == 1 or channels >= 2 * d)
     return group_count(channels, num_groups, None)
 
 
@@ -212,20 +215,19 @@ def _batch_channel_norm(
     norm: nnx.BatchNorm, num_groups: int | None, estimate: bool, momentum: float | None
 ) -> BatchChannelNorm:
     """The norm with a channel norm after it, and the same variables."""
-    names = (
-        *("use_running_average", "axis", "epsilon", "dtype", "param_dtype"),
-        *("use_bias", "use_scale", "axis_name", "axis_index_groups"),
-    )
+    names = ("use_running_average", "axis", "epsilon", "dtype", "param_dtype", "axis_name")
     new = BatchChannelNorm(
         norm.num_features,
         num_groups=_groups(norm.num_features, num_groups),
         estimate=estimate,
         momentum=norm.momentum if momentum is None else momentum,
+        axis_index_groups=norm.axis_index_groups,
         **{name: getattr(norm, name) for name in names},
         rngs=nnx.Rngs(0),
     )
     for name in ("scale", "bias", "mean", "var"):
-        setattr(new.batch_norm, name, getattr(norm, name))
+        if getattr(norm, name) is not None:
+            setattr(new.batch_norm, name, getattr(norm, name))
     return new
 
 
@@ -285,8 +287,8 @@ class _Nothing(nnx.Module):
         return x.astype(layer.result_dtype(self, x.dtype))
 
 
-def _flow(model: Any, args: Any, norms: Any, with_flags: bool) -> dict[Path, Path]:
-    """The convolution that feeds each norm: of all, or of those called on their input alone."""
+def _flow(model: Any, args: Any, norms: Any, with_flags: bool) -> Flow[Path]:
+    """What convolutions give and norms get: all norms, or those called on their input alone."""
     flow: Flow[Path] = Flow()
     graphdef, state = nnx.split(model)
 
@@ -319,7 +321,7 @@ def _flow(model: Any, args: Any, norms: Any, with_flags: bool) -> dict[Path, Pat
         copy(*args)
 
     jax.eval_shape(forward, state, args)
-    return flow.feeders()
+    return flow
 
 
 def _averaging(affine: Callable[..., Affine]) -> Callable[..., Affine]:
