@@ -82,7 +82,7 @@ def batch_norm_moments(
     mean, var = stats
     pooled, running = norms.batch_norm_moments(
         m,
-        Moments(widen(mean)[None], widen(var)[None]),
+        Moments(mean[None], var[None]),
         use_running_average=use_running_average,
         update_stats=update_stats,
         estimate=norm.estimates,
@@ -91,7 +91,7 @@ def batch_norm_moments(
         axis_name=axis_name,
         axis_index_groups=norm.axis_index_groups,
     )
-    return pooled, (running.mean[0].astype(mean.dtype), running.var[0].astype(var.dtype))
+    return Moments(widen(pooled.mean), widen(pooled.var)), (running.mean[0], running.var[0])
 
 
 def update_flag(evaluate: bool, attribute: bool | None, argument: bool | None) -> bool:

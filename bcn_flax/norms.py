@@ -70,13 +70,18 @@ def moving_average(
             var = unbiased(batch)
         case "around_running_mean":
             var = batch.var + jnp.square(batch.mean - running.mean)
-    usable = (jnp.asarray(batch.size) > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
+    counts = (jnp.asarray(batch.size) > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
 
-    def update(old: Array, new: Array) -> Array:
-        average = momentum * old + (1 - momentum) * lax.stop_gradient(new)
-        return jnp.where(usable, average, old).astype(old.dtype)
+    def average(old: Array, new: Array) -> Array:
+        mixed = momentum * widen(old) + (1 - momentum) * lax.stop_gradient(new)
+        return mixed.astype(old.dtype)
 
-    return Moments(update(running.mean, batch.mean), update(running.var, var))
+    averaged = Moments(average(running.mean, batch.mean), average(running.var, var))
+    # The type that the estimates are stored in may overflow where the batch's moments did not.
+    usable = counts & jnp.isfinite(averaged.mean) & jnp.isfinite(averaged.var)
+    return Moments(
+        jnp.where(usable, averaged.mean, running.mean), jnp.where(usable, averaged.var, running.var)
+    )
 
 
 def unbiased(m: Moments) -> Array:

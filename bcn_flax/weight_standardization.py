@@ -32,7 +32,8 @@ class Standardization(NamedTuple):
         fan_in_scaling: whether the result has variance `1 / N` instead of 1, so that the layer
             keeps the variance of its input.
         gain: whether the layer learns a gain for each output channel, `(out,)`, which starts at 1.
-        gamma: a constant factor; networks without norms use that of their activation.
+        gamma: a constant factor; networks without norms use that of their activation, timm's all
+            but `dm_nfnet`.
     """
 
     unbiased: bool = True

@@ -1,5 +1,6 @@
 """Checkpoints are read and written, and those that run code are refused."""
 
+import argparse
 import builtins
 
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ def as_numbers(state_dict):
     return {key: np.asarray(torch.as_tensor(x).double()) for key, x in state_dict.items()}
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".pth.tar"])
 def test_a_file_of_torch_save_comes_back_as_tensors(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
     interop.save(path, STATE_DICT)
@@ -86,6 +87,34 @@ def test_a_file_that_would_run_code_is_refused_before_it_does(tmp_path):
     assert not mark.exists()
     with torch.load(path, weights_only=False)["extra"]:  # it would have
         assert mark.exists()
+
+
+def test_a_class_beside_the_weights_is_named_and_may_be_allowed(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"model": STATE_DICT, "args": argparse.Namespace(epochs=3)}, path)
+    allow = (
+        r"holds argparse\.Namespace.*torch\.serialization\.safe_globals\(\[argparse\.Namespace\]"
+    )
+    with pytest.raises(ValueError, match=allow):
+        interop.load(path, key="model")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        assert kinds(interop.load(path, key="model")) == kinds(STATE_DICT)
+
+
+def test_a_part_of_a_part_is_named_with_a_dot(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    optimizer = {"state": {0: {"momentum": torch.ones(2)}}}
+    torch.save({"optimizer": optimizer, "net": {"model": STATE_DICT, "ema": STATE_DICT}}, path)
+    with pytest.raises(ValueError, match=r"take: key='net\.model' or key='net\.ema'\.$"):
+        interop.load(path)
+    assert kinds(interop.load(path, key="net.model")) == kinds(STATE_DICT)
+
+
+def test_flax_s_variables_are_no_state_dict(tmp_path):
+    with pytest.raises(ValueError, match="state_dict_from_variables makes a state_dict"):
+        interop.save(tmp_path / "model.pt", {"params": {"kernel": np.ones(2)}})
+    with pytest.raises(ValueError, match="state_dict_from_variables makes a state_dict"):
+        interop.save(tmp_path / "model.pt", nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
 
 
 def test_a_part_of_a_checkpoint_must_be_named(tmp_path):

@@ -211,11 +211,54 @@ def test_a_torch_module_tells_which_convolutions_are_transposed_but_not_flax_s_a
     assert "flipped" not in str(interop.match(autoencoder(), like, transposed={"up": True}))
 
 
-def test_what_a_square_kernel_belongs_to_is_presumed_aloud():
-    like = shapes(Autoencoder(), jnp.ones((1, 8, 8, 3)))
-    report = str(interop.match(autoencoder().state_dict(), like)).splitlines()
-    (up,) = [line for line in report if line.startswith("up.weight")]
-    assert up.endswith("taken for no transposed convolution")
+def test_what_square_kernels_belong_to_is_presumed_aloud_in_one_line():
+    kernel = torch.ones(4, 4, 3, 3)
+    state_dict = {"a.weight": kernel, "b.weight": kernel, "c.weight": torch.ones(5, 4, 3, 3)}
+    like = {
+        name.removesuffix(".weight"): {"kernel": jnp.ones((3, 3, 4, len(weight)))}
+        for name, weight in state_dict.items()
+    }
+    report = str(interop.match(state_dict, {"params": like})).splitlines()
+    note = "taken for no transposed convolutions: a, b; transposed=['a'] says otherwise"
+    assert [line for line in report if "taken for" in line] == [note]
+    assert report[-1] == note
+
+
+def decoder():
+    """One square convolution, one that is transposed by its shape, and one of a single pixel."""
+    state_dict = {
+        "square.weight": torch.ones(4, 4, 3, 3),
+        "up.weight": torch.ones(4, 5, 3, 3),
+        "mix.weight": torch.ones(4, 4, 1, 1),
+    }
+    like = {
+        "square": {"kernel": jnp.ones((3, 3, 4, 4))},
+        "up": {"kernel": jnp.ones((3, 3, 4, 5))},
+        "mix": {"kernel": jnp.ones((1, 1, 4, 4))},
+    }
+    return state_dict, {"params": like}
+
+
+@pytest.mark.parametrize("transposed", [(), ["up"], {"up": False}])
+def test_beside_transposed_convolutions_square_ones_must_be_declared(transposed):
+    expected = r"ambiguous: square\.weight .* say transposed=\{'square': None\}"
+    with pytest.raises(ValueError, match=expected) as caught:
+        interop.match(*decoder(), transposed=transposed)
+    assert "mix" not in str(caught.value)
+
+
+def test_none_is_an_ordinary_convolution():
+    report = str(interop.match(*decoder(), transposed={"up": False, "square": None}))
+    (square,) = [line for line in report.splitlines() if line.startswith("square")]
+    assert square.endswith("(O, I, *) -> (*, I, O)")
+    assert report.splitlines()[-1].startswith("taken for no transposed convolutions: mix;")
+
+
+def test_no_transposed_convolution_of_flax_has_groups():
+    state_dict, like = {"up.weight": torch.ones(8, 4, 3, 3)}, jnp.ones((3, 3, 8, 8))
+    expected = r"needs \(8, 8, 3, 3\); Flax has no grouped transposed convolution"
+    with pytest.raises(ValueError, match=expected):
+        interop.match(state_dict, {"params": {"up": {"kernel": like}}}, transposed=["up"])
 
 
 def test_both_sides_must_agree_which_convolutions_are_transposed():

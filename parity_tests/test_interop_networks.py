@@ -1,5 +1,7 @@
 """Whole networks of `torch.nn` compute in Flax what they compute in PyTorch."""
 
+import ast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,6 +235,47 @@ def test_heads_on_pooled_images_are_not_suspect(order):
         conv=(8, 3, 3, 3), layer=(64, 8, 3, 3), fc=(5, 64), head=(3, 64), zoom=(3, 5)
     )
     assert interop.match(order(state_dict), like)
+
+
+def test_a_flatten_that_the_order_would_show_is_noted_where_the_order_is_lost():
+    state_dict, like = layers(stem=(64, 3, 3, 3), conv2=(16, 64, 3, 3), fc=(5, 64))
+    with pytest.raises(ValueError, match=r"ambiguous: fc\.weight has 64 inputs"):
+        interop.match(state_dict, like)
+    note = (
+        "taken for no flatten: fc: the order of the layers is unknown; flattened={'fc': 16} says "
+        "otherwise"
+    )
+    assert str(interop.match(alphabetical(state_dict), like)).splitlines()[-1] == note
+    said = interop.match(alphabetical(state_dict), like, flattened={"fc": 64})
+    assert "taken for no flatten" not in str(said)
+
+
+@pytest.mark.parametrize("order", [dict, alphabetical])
+def test_a_number_of_channels_that_no_layer_before_has_is_noted(order):
+    state_dict, like = layers(conv=(16, 3, 3, 3), fc=(5, 64))
+    report = str(interop.match(order(state_dict), like, flattened={"fc": 32}))
+    assert "'fc' has 32 channels, as said, but no convolution or norm before it" in report
+    assert report.endswith("there are [16]")
+    for channels in (16, 64):
+        report = str(interop.match(order(state_dict), like, flattened={"fc": channels}))
+        assert "as said" not in report
+
+
+def proposed(module, like):
+    """The `names` to copy from the error."""
+    with pytest.raises(ValueError, match="under other names") as caught:
+        interop.match(module, like)
+    message = str(caught.value)
+    assert "missing" not in message
+    assert "unexpected" not in message
+    return ast.literal_eval(message.rpartition("names=")[2])
+
+
+def test_names_are_proposed_by_shape_and_order():
+    like = shapes(FlaxResNet(), jnp.ones((1, 9, 8, 3)))
+    assert proposed(TorchResNet(), like) == NAMES
+    wrapped = {f"module.{path}": place for path, place in NAMES.items()}
+    assert proposed(torch.nn.DataParallel(TorchResNet()), like) == {"module": "", **wrapped}
 
 
 def test_flattened_must_name_dense_layers_and_divide_their_inputs():

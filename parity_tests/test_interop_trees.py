@@ -142,8 +142,9 @@ def test_a_value_too_large_for_its_new_type_is_refused_and_infinity_is_not():
 @pytest.mark.parametrize(
     ("state_dict", "like", "complaint"),
     [
-        ({}, DENSE, r"missing: weight, for Flax's params/kernel \(3, 2\)"),
-        (WEIGHTS, {}, r"unexpected: weight \(2, 3\), which has no counterpart in Flax"),
+        ({}, DENSE, r"missing: .*; weight, for Flax's params/kernel \(3, 2\)"),
+        (WEIGHTS, {}, r"unexpected: weight \(2, 3\), bias \(2,\), which have no counterpart in "),
+        ({"params": DENSE["params"]}, DENSE, "variables or NNX modules, state_dict_from_variables"),
         (WEIGHTS, LEAVES, r"there are also \['bias', 'kernel'\].*put them into"),
         (WEIGHTS, {**DENSE, "cache": {"i": jnp.ones(2)}}, r"there are also \['cache'\]"),
         (WEIGHTS, {"params": {"kernel": 1.0}}, "params/kernel is of type float"),
@@ -178,7 +179,12 @@ def weights_at(*modules):
         (["fc_1", "fc.1"], {"fc_1": LEAVES}, {}, "params/fc_1/bias (2,) may be fc_1.bias or fc.1."),
         (["fc.1"], {"fc_1": LEAVES, "fc": {"1": LEAVES}}, {}, "ambiguous: fc.1.weight may be par"),
         (["a", "b"], {"c": LEAVES}, {"a": "c", "b": "c"}, "params/c/bias (2,) may be a.bias or b."),
-        (["a"], {"b": LEAVES}, {"a": "c"}, "unexpected: a.weight (2, 3), which has no "),
+        (
+            ["a"],
+            {"b": LEAVES},
+            {"a": "c"},
+            "unexpected: a.weight (2, 3), a.bias (2,), which have no ",
+        ),
         (["a"], {"b": LEAVES}, {"a": "c"}, "counterpart in Flax at c, where `names` puts it"),
         (["a"], {"a": LEAVES}, {"x": "a"}, "names: 'x' is no module of the state_dict"),
         (["ab"], {"ab": LEAVES}, {"a": "c"}, "names: 'a' is no module of the state_dict"),
@@ -187,6 +193,66 @@ def weights_at(*modules):
 def test_ambiguous_and_vain_names_are_refused(modules, places, names, complaint):
     with pytest.raises(ValueError, match=re.escape(complaint)):
         interop.match(weights_at(*modules), {"params": places}, names=names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"names": {"fc": "block.0"}}, "'block.0', for 'fc', has dots; paths of Flax take \"/\""),
+        ({"names": lambda _: "block.0"}, "as in 'block/0'"),
+        ({"names": ["fc"]}, "or be a function, but it is ['fc']"),
+        ({"transposed": "fc"}, "it is the string 'fc': say ['fc']"),
+        ({"flattened": ["fc"]}, "it is ['fc']: say {path: channels}"),
+    ],
+)
+def test_arguments_that_look_like_another_kind_are_refused(arguments, complaint):
+    like = {"params": {"block": {"0": LEAVES}}}
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        interop.match(weights_at("fc"), like, **arguments)
+
+
+def test_a_module_is_not_made_from_linen_variables():
+    with pytest.raises(ValueError, match=r"type dict.*there is variables_from_torch"):
+        interop.module_from_torch(WEIGHTS, DENSE)
+
+
+def test_paths_may_leave_a_wrapper_s_name_out_or_have_it():
+    like = {"params": {"head": LEAVES, "up": {"kernel": jnp.ones((3, 3, 4, 4))}}}
+    state_dict = {**weights_at("net.fc"), "net.up.weight": np.ones((4, 4, 3, 3))}
+    reports = {
+        str(
+            interop.match(
+                state_dict,
+                like,
+                names={f"{prefix}fc": "head", "net": ""},
+                transposed={f"{prefix}up": True},
+                flattened={f"{prefix}fc": 1},
+            )
+        )
+        for prefix in ("", "net.")
+    }
+    (report,) = reports
+    assert "(I, O, *)" in report
+    assert "from 1 channels" in report
+
+
+def test_a_name_before_all_names_is_hinted_at_first():
+    like = {"params": {"fc": LEAVES, "head": LEAVES}}
+    with pytest.raises(ValueError, match="tensor by tensor") as caught:
+        interop.match(weights_at("net.fc", "net.head"), like)
+    first, *_ = str(caught.value).splitlines()
+    assert first == 'All names begin with "net.", which names={"net": ""} takes off.'
+
+
+def test_only_modules_of_the_same_leaves_and_shapes_are_proposed():
+    other = {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)}
+    with pytest.raises(ValueError, match="tensor by tensor") as caught:
+        interop.match(weights_at("a", "b"), {"params": {"c": other, "d": LEAVES}})
+    message = str(caught.value)
+    assert message.endswith('names={\n    "a": "d",\n}')
+    assert "unexpected: b.weight (2, 3), b.bias (2,), which have no counterpart" in message
+    assert "for Flax's params/c/bias (3,); c.weight, for Flax's params/c/kernel (3, 3)" in message
+    assert "params/d" not in message
 
 
 def test_features_of_several_axes_are_misshapen():

@@ -30,10 +30,16 @@ Names and layouts correspond by these rules:
 | nothing                                  | `num_batches_tracked`, `estbn_moving_speed`        |
 
 What no name and no shape tells must be said, or is refused: which dense layers follow a flatten,
-and `transpose_kernel` where a transposed convolution has as many inputs as outputs. One thing
-nobody can see: the kernel of a convolution with as many inputs as outputs, between a `state_dict`
-and linen variables, is taken for an ordinary one's unless `transposed` names it. Give the PyTorch
-module itself, or an NNX module, and it is known. The report says where this was presumed.
+and `transpose_kernel` where a transposed convolution has as many inputs as outputs. Two things
+nobody can see, and the last lines of the report say where they were presumed:
+
+- Between a `state_dict` and linen variables, the kernel of a convolution with as many inputs as
+  outputs is taken for an ordinary one's unless `transposed` names it. If there are transposed
+  convolutions, it is refused until `transposed` says what it is; `None` is an ordinary one. Give
+  the PyTorch module itself, or an NNX module, and it is known.
+- A `.safetensors` file has lost the order of the layers. A dense layer with as many inputs as some
+  layer has features is then taken to follow that one without a flatten, unless `flattened` says
+  otherwise, though it may follow flattened images of another layer's fewer channels.
 
 Equal weights are equal outputs if the layers' arguments correspond: Flax's `epsilon` is 1e-6 by
 default in its own norms and 1e-5 here and in PyTorch; `momentum` is the weight of the *old* average
@@ -126,6 +132,11 @@ def module_from_torch(source: Any, like: ModuleT, **options: Any) -> ModuleT:
         ValueError: a tensor is missing, unexpected, misshapen or ambiguous; the message lists all
             of them.
     """
+    if not isinstance(like, nnx.Module):
+        raise ValueError(
+            f"`like` must be an NNX module, but it is of type {type(like).__name__}. For linen's "
+            "variables there is variables_from_torch."
+        )
     return module_with(like, variables_from_torch(source, like, **options))
 
 

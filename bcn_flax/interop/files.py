@@ -3,7 +3,8 @@
 import importlib
 import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 
 from bcn_flax.interop import arrays, torch_side
 
-_TORCH = (".pt", ".pth", ".bin")
+_TORCH = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 
 
 def load(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Any]:
@@ -24,10 +25,11 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Any]
 
     Args:
         path: of a `.safetensors` file, which needs the package `safetensors` but not PyTorch and
-            gives NumPy's arrays; or of a `.pt`, `.pth` or `.bin` file of `torch.save`, which needs
-            PyTorch, gives tensors on the CPU, and may hold nothing but data: code is not run.
+            gives NumPy's arrays; or of a `.pt`, `.pth`, `.bin`, `.ckpt` or `.pth.tar` file of
+            `torch.save`, which needs PyTorch, gives tensors on the CPU, and may hold nothing but
+            data: code is not run.
         key: of the `state_dict` in a checkpoint that holds more, a dictionary with entries such as
-            `"model"` or `"state_dict"`.
+            `"model"` or `"state_dict"`; `"net.model"` is the entry `"model"` of the entry `"net"`.
 
     Raises:
         ValueError: the file holds no `state_dict`, or objects other than data, or its name ends in
@@ -52,8 +54,9 @@ def save(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
         >>> save("model.safetensors", state_dict_from_variables(variables, like))  # doctest: +SKIP
 
     Args:
-        path: of a `.safetensors` file, which needs the package `safetensors`; or of a `.pt`, `.pth`
-            or `.bin` file, which needs PyTorch. Tied tensors are written once for each name.
+        path: of a `.safetensors` file, which needs the package `safetensors`; or of a `.pt`,
+            `.pth`, `.bin`, `.ckpt` or `.pth.tar` file, which needs PyTorch. Tied tensors are
+            written once for each name.
         state_dict: tensors of PyTorch, or arrays of NumPy or JAX.
 
     Raises:
@@ -75,7 +78,7 @@ def save(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
 
 
 def _is_safetensors(path: Path) -> bool:
-    if path.suffix not in (".safetensors", *_TORCH):
+    if not path.name.endswith((".safetensors", *_TORCH)):
         raise ValueError(
             f"A file's name tells its format and must end in .safetensors or one of {_TORCH}, but "
             f"it is {path.name}."
@@ -106,29 +109,47 @@ def _unpickled(path: Path) -> Any:
     try:
         return _import_torch().load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        seen = re.search(r"GLOBAL ([\w.]+)", str(error))
+        allow = seen and (
+            f" It holds {seen[1]}. If that is no more than data, allow it: load within `with "
+            f"torch.serialization.safe_globals([{seen[1]}]):`."
+        )
         raise ValueError(
             f"{path} is refused: it is no file of torch.save, or holds objects other than data, "
-            "which run code when they are read. If you trust it, read it where that does no harm, "
-            "with torch.load(path, weights_only=False), and save its state_dict alone."
+            f"which run code when they are read.{allow or ''} If you trust the file, read it where "
+            "that does no harm, with torch.load(path, weights_only=False), and save its state_dict "
+            "alone."
         ) from error
 
 
 def _part(path: Path, found: Any, key: str | None) -> dict[str, Any]:
     """The `state_dict` in what a file holds."""
-    parts = found if isinstance(found, Mapping) else {}
+    parts = dict(_parts(found))
     state_dict: Any = found if key is None else parts.get(key)
     if torch_side.is_state_dict(state_dict):
         return dict(state_dict)
     candidates = [name for name, part in parts.items() if torch_side.is_state_dict(part)]
+    top = [*found] if isinstance(found, Mapping) else []
     raise ValueError(
         f"{path} holds no state_dict{'' if key is None else f' under {key!r}'}, but a "
-        f"{type(found).__name__} of {[*parts]}. "
+        f"{type(found).__name__} of {top}. "
         + (
-            f"Say which part to take: key={candidates[0]!r}."
+            f"Say which part to take: {' or '.join(f'key={name!r}' for name in candidates)}."
             if candidates
             else "No part of it is one."
         )
     )
+
+
+def _parts(found: Any) -> Iterator[tuple[str, Any]]:
+    """All entries of nested mappings, by their names joined with dots."""
+    named = (
+        {k: x for k, x in found.items() if isinstance(k, str)} if isinstance(found, Mapping) else {}
+    )
+    for key, part in named.items():
+        if not torch_side.is_state_dict(part):
+            yield from ((f"{key}.{inner}", x) for inner, x in _parts(part))
+        yield key, part
 
 
 def _as_tensor(torch: ModuleType, x: Any) -> Any:

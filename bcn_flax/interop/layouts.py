@@ -56,9 +56,6 @@ TRANSPOSED = Layout(
     lambda shape: (shape[-1], shape[-2], *shape[:-2]),
 )
 
-# The shape of a square kernel does not tell what it belongs to.
-PRESUMED = TRANSPOSED._replace(how=TRANSPOSED.how + ", taken for no transposed convolution")
-
 # Flax's transpose_kernel=True: lax.conv_transpose flips and exchanges by itself, as PyTorch does.
 UNFLIPPED = TRANSPOSED._replace(how="transposed (I, O, *) -> (*, O, I)", features=1)
 
@@ -127,8 +124,7 @@ def kernel(torch_shape: Shape, flax_shape: Shape, known: Known) -> list[Layout]:
         return [by_flag[flag] for flag in by_flag if known.transpose_kernel in (flag, None)]
     if len(flax_shape) == 2 and known.channels not in (None, flax_shape[0]):
         return [unflattened(known.channels)]
-    square = len(flax_shape) > 2 and flax_shape[-1] == flax_shape[-2]
-    return [PRESUMED if square and known.transposed is None else TRANSPOSED]
+    return [TRANSPOSED]
 
 
 def _squeezed(shape: Shape) -> Shape:

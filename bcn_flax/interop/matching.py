@@ -1,22 +1,20 @@
 """Find which tensor of PyTorch is which leaf of Flax's variables, or say why that cannot be."""
 
-from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
-from itertools import chain
 from typing import Any
 
 from flax import nnx
 
-from bcn_flax.interop import arrays, naming, torch_side, trees
+from bcn_flax.interop import arrays, flattening, naming, torch_side, transposing, trees
 from bcn_flax.interop.complaints import refuse
-from bcn_flax.interop.flattening import undeclared
-from bcn_flax.interop.layouts import FLIPPED, Known, Shape
+from bcn_flax.interop.joining import Joined, better_names, join, missing, unexpected
+from bcn_flax.interop.layouts import Known
 from bcn_flax.interop.moving import Match, Pair
-from bcn_flax.interop.naming import RULES, Name, Names, Path, Rules
+from bcn_flax.interop.naming import RULES, Names, Path, Rules
 from bcn_flax.interop.torch_side import Tensors
 from bcn_flax.interop.trees import Leaves, Variables
 
-Transposed = Collection[str] | Mapping[str, bool]
+Transposed = Collection[str] | Mapping[str, bool | None]
 
 
 def match(
@@ -44,10 +42,12 @@ def match(
         like: linen variables, arrays or shapes, or an NNX module, which tells the same.
         names: where in Flax a PyTorch module is, if not under its own name: from path to path, as
             in `{"layer1.0.downsample.0": "block_0/conv_proj"}`. A path stands for all modules in it
-            that have no entry of their own; `{"module": ""}` takes a wrapper's name off. Or a
-            function of the path of the module that holds a tensor, `None` for its own name.
+            that have no entry of their own. `{"module": ""}` takes a wrapper's name off, which
+            all other paths, in any argument, may then leave out or have. Or a function of the full
+            path of the module that holds a tensor, `None` for its own name.
         transposed: the paths of PyTorch's transposed convolutions, where neither side is a module;
-            or a mapping from these to Flax's `transpose_kernel`, where the shape does not tell it.
+            or a mapping from these to Flax's `transpose_kernel`, where the shape does not tell it,
+            and to `None` from an ordinary convolution that could be a transposed one by its shape.
         flattened: for each dense layer that follows a flatten, by its path in PyTorch, the number
             of channels that were flattened; its number of inputs, if there were no images.
         rules: which leaf has which names and layouts.
@@ -56,36 +56,63 @@ def match(
         ValueError: a tensor is missing, unexpected, misshapen, of another kind of number, or
             ambiguous, or an argument names no module; the message lists all of them.
     """
+    _check_arguments(names, transposed, flattened)
     tensors, leaves = torch_side.tensors(source), trees.flax_leaves(like)
     _check_collections(leaves, rules)
-    names, flattened, told = names or {}, flattened or {}, _told(transposed)
-    paths, problems = _join(leaves, tensors, names, rules)
-    problems += _vain(names, told, flattened, paths, tensors)
+    modules = {_module(key) for key in tensors}
+    names = names if callable(names) else naming.names_in_full(names or {}, modules)
+    wrapper = naming.taken_off(names, modules)
+    told = {naming.in_full(m, wrapper, modules): x for m, x in _told(transposed).items()}
+    flattened = {naming.in_full(m, wrapper, modules): n for m, n in (flattened or {}).items()}
 
+    joined = join(leaves, tensors, names, rules)
+    paths = {key: joined.paths[key] for key in tensors if key in joined.paths}  # as the layers are
     said = {
         "PyTorch's module": torch_side.convolutions(source),
         "Flax's module": _by_torch_module(trees.convolutions(like), paths),
         "`transposed`": told,
     }
+    known, problems = _known(paths, said, flattened)
+    problems += joined.ambiguous + _vain(names, told, flattened, paths, tensors, leaves)
     pairs = []
-    for key in filter(paths.__contains__, tensors):  # the order of the layers
-        module, path = _module(key), paths[key]
-        sayings = {who: s[module] for who, s in said.items() if module in s}
-        known, contradictions = _agreed(key, sayings if path[-1] == "kernel" else {})
-        known = known._replace(channels=flattened.get(module))
-        pair, misfits = _pair(key, tensors[key], path, leaves[path], known, rules)
-        problems += contradictions + misfits
+    for key, path in paths.items():
+        pair, misfits = _pair(key, tensors[key], path, leaves[path], known[key], rules)
         pairs += pair
+        problems += misfits
+    undeclared, presumed = transposing.undeclared(pairs, known, _by_shape(paths, tensors, leaves))
+    suspicions, unflattened = flattening.undeclared(pairs, flattened)
+    problems += undeclared + suspicions
     tied = _tied(tensors, paths)
-    left, unexpected = _rest(tensors, paths.keys() | tied, names)
-    problems += unexpected + undeclared(pairs, flattened)
+    left = _left(tensors, paths.keys() | tied)
+
+    unjoined, hints, proposal = _unjoined(joined, leaves, tensors, names, rules, left)
     refuse(
-        "The state_dict and the Flax variables must match, tensor by tensor, but:",
-        problems,
+        hints + "The state_dict and the Flax variables must match, tensor by tensor, but:",
+        problems + unjoined,
         "Build both models with the same configuration, or say with `names` where in Flax a module "
-        "of PyTorch is." + _hints(tensors),
+        "of PyTorch is." + proposal,
     )
-    return Match(tuple(pairs), tied, left, tensors)
+    notes = [*presumed, *unflattened, *flattening.unlikely(pairs, flattened)]
+    return Match(tuple(pairs), tied, left, tensors, tuple(notes))
+
+
+def _check_arguments(names: Any, transposed: Any, flattened: Any) -> None:
+    """Refuse what Python would take for something else, or fail on later."""
+    if not (names is None or callable(names) or isinstance(names, Mapping)):
+        raise ValueError(
+            "names must map paths of PyTorch to paths of Flax, or be a function, but it is "
+            f"{names!r}."
+        )
+    if isinstance(transposed, str):
+        raise ValueError(
+            "transposed must be a collection of paths, or map them to transpose_kernel, but it is "
+            f"the string {transposed!r}: say [{transposed!r}]."
+        )
+    if not (flattened is None or isinstance(flattened, Mapping)):
+        raise ValueError(
+            "flattened must map paths of dense layers to numbers of channels, but it is "
+            f"{flattened!r}: say {{path: channels}}."
+        )
 
 
 def _check_collections(leaves: Leaves, rules: Rules) -> None:
@@ -101,40 +128,8 @@ def _check_collections(leaves: Leaves, rules: Rules) -> None:
 
 def _told(transposed: Transposed) -> dict[str, Known]:
     if isinstance(transposed, Mapping):
-        return {module: Known(True, flag) for module, flag in transposed.items()}
+        return {module: Known(flag is not None, flag) for module, flag in transposed.items()}
     return {module: Known(True) for module in transposed}
-
-
-def _join(
-    leaves: Leaves, tensors: Tensors, names: Names, rules: Rules
-) -> tuple[dict[str, Path], list[str]]:
-    """By key, the leaf that is its tensor; and complaints about leaves that have not just one."""
-    modules = {naming.canonical(path[1:-1]) for path in leaves}
-    norms = naming.batch_channel_norms(modules)
-    places: dict[Name, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for key in tensors:
-        module, leaf = naming.module_and_leaf(key)
-        name = naming.canonical(naming.renamed(module, names))
-        places[naming.authors_part(name, norms)][leaf].append(key)
-
-    paths: dict[str, Path] = {}
-    problems = []
-    for path, leaf in leaves.items():
-        wanted = naming.rule_for(rules, path).names
-        there = places[naming.canonical(path[1:-1])]
-        found = [key for name in wanted for key in there[name]]
-        flax = f"Flax's {trees.name(path)} {arrays.shape(leaf)}"
-        if not found:
-            neighbour = next(chain.from_iterable(there.values()), None)
-            expected = naming.likely_keys(path[1:-1], neighbour, wanted)
-            problems.append(f"missing: {' or '.join(expected)}, for {flax}")
-        elif len(found) > 1:
-            problems.append(f"ambiguous: {flax} may be {' or '.join(found)}")
-        elif found[0] in paths:
-            problems.append(f"ambiguous: {found[0]} may be {trees.name(paths[found[0]])} or {flax}")
-        else:
-            paths[found[0]] = path
-    return paths, problems
 
 
 def _by_torch_module(known: Mapping[Path, Known], paths: Mapping[str, Path]) -> dict[str, Known]:
@@ -148,6 +143,7 @@ def _vain(
     flattened: Mapping[str, int],
     paths: Mapping[str, Path],
     tensors: Tensors,
+    leaves: Leaves,
 ) -> list[str]:
     """Complaints about arguments that name nothing, or what they cannot be about."""
     kernels = {
@@ -155,11 +151,17 @@ def _vain(
         for key, path in paths.items()
         if path[-1] == "kernel"
     }
+    modules = {_module(key) for key in tensors}
     dense = {module: shape[1] for module, shape in kernels.items() if len(shape) == 2}
     return [
         *(
             f"names: {module!r} is no module of the state_dict"
-            for module in naming.without_effect(names, {_module(key) for key in tensors})
+            for module in naming.without_effect(names, modules)
+        ),
+        *(
+            f'names: {place!r}, for {module!r}, has dots; paths of Flax take "/", as in '
+            f"{place.replace('.', '/')!r}"
+            for module, place in naming.dotted(names, modules, leaves).items()
         ),
         *(
             f"transposed: {module!r} is no convolution of the state_dict"
@@ -177,6 +179,36 @@ def _vain(
             if module in dense and (channels < 1 or dense[module] % channels)
         ),
     ]
+
+
+def _known(
+    paths: Mapping[str, Path],
+    said: Mapping[str, Mapping[str, Known]],
+    flattened: Mapping[str, int],
+) -> tuple[dict[str, Known], list[str]]:
+    """By key, what is known of its layer; and complaints about contradictions."""
+    known, problems = {}, []
+    for key, path in paths.items():
+        module = _module(key)
+        kernel = path[-1] == "kernel"
+        sayings = {who: s[module] for who, s in said.items() if kernel and module in s}
+        agreed, contradictions = _agreed(key, sayings)
+        known[key] = agreed._replace(channels=flattened.get(module))
+        problems += contradictions
+    return known, problems
+
+
+def _by_shape(paths: Mapping[str, Path], tensors: Tensors, leaves: Leaves) -> bool:
+    """Whether any kernel is of a transposed convolution, and of no other, by its shape."""
+    shapes = [
+        (arrays.shape(tensors[key]), arrays.shape(leaves[path]))
+        for key, path in paths.items()
+        if path[-1] == "kernel"
+    ]
+    return any(
+        transposing.fits(torch_shape, flax_shape) and flax_shape[-1] != flax_shape[-2]
+        for torch_shape, flax_shape in shapes
+    )
 
 
 def _agreed(key: str, sayings: Mapping[str, Known]) -> tuple[Known, list[str]]:
@@ -202,15 +234,18 @@ def _pair(
     layouts = naming.rule_for(rules, path).layouts(torch_shape, flax_shape, known)
     fitting = [layout for layout in layouts if layout.torch_shape(flax_shape) == torch_shape]
     if not fitting:
-        needed = " or ".join(str(layout.torch_shape(flax_shape)) for layout in layouts)
+        shapes = dict.fromkeys(layout.torch_shape(flax_shape) for layout in layouts)
+        needed = " or ".join(map(str, shapes))
         problem = f"misshapen: {key} is {torch_shape}, but {flax} "
         problem += f"needs {needed}" if needed else "has no counterpart: no rule knows such a shape"
         if (
             path[-1] == "kernel"
             and not known.transposed
-            and _fits_transposed(torch_shape, flax_shape)
+            and transposing.fits(torch_shape, flax_shape)
         ):
             problem += f"; if it is a transposed convolution, say transposed=[{_module(key)!r}]"
+        if known.transposed and transposing.grouped(torch_shape, shapes):
+            problem += "; Flax has no grouped transposed convolution"
         return [], [problem]
     if len(fitting) > 1:
         return [], [
@@ -224,10 +259,6 @@ def _pair(
     return [Pair(key, torch_shape, path, flax_shape, arrays.dtype(leaf), fitting[0])], []
 
 
-def _fits_transposed(torch_shape: Shape, flax_shape: Shape) -> bool:
-    return len(flax_shape) > 2 and FLIPPED.torch_shape(flax_shape) == torch_shape
-
-
 def _tied(tensors: Tensors, matched: Collection[str]) -> dict[str, str]:
     """The tensors that are one in memory with a matched one, and that one."""
     first: dict[Hashable, str] = {}
@@ -238,35 +269,46 @@ def _tied(tensors: Tensors, matched: Collection[str]) -> dict[str, str]:
     return {key: other for key, other in others.items() if other not in (None, key)}
 
 
-def _rest(
-    tensors: Tensors, accounted: Collection[str], names: Names
-) -> tuple[dict[str, str], list[str]]:
-    """Why the other tensors stay behind, or complaints that they do."""
-    left, problems = {}, []
-    for key in tensors:
-        module, leaf = naming.module_and_leaf(key)
-        if key in accounted:
-            continue
-        if leaf in naming.LEFT:
-            left[key] = naming.LEFT[leaf](tensors[key])
-            continue
-        there = "/".join(naming.renamed(module, names))
-        where = f" at {there}, where `names` puts it" if there != module.replace(".", "/") else ""
-        shape = arrays.shape(tensors[key])
-        problems.append(f"unexpected: {key} {shape}, which has no counterpart in Flax{where}")
-    return left, problems
+def _left(tensors: Tensors, accounted: Collection[str]) -> dict[str, str]:
+    """Why other tensors stay behind."""
+    leaves = {key: naming.module_and_leaf(key)[1] for key in tensors if key not in accounted}
+    return {k: naming.LEFT[leaf](tensors[k]) for k, leaf in leaves.items() if leaf in naming.LEFT}
 
 
-def _hints(keys: Iterable[str]) -> str:
-    """Of the usual reasons why names do not match, those that the keys show."""
-    hints = [
-        f' All names begin with "{wrapper}.", which names={{"{wrapper}": ""}} takes off.'
-        for wrapper in naming.WRAPPERS
-        if keys and all(key.startswith(f"{wrapper}.") for key in keys)
+def _unjoined(
+    joined: Joined,
+    leaves: Leaves,
+    tensors: Tensors,
+    names: Names,
+    rules: Rules,
+    left: Collection[str],
+) -> tuple[list[str], str, str]:
+    """Complaints about what finds no counterpart by its name, hints at why, and names to copy."""
+    wrapper, better = better_names(joined, leaves, tensors, names, rules)
+    best = join(leaves, tensors, better, rules)
+    gained = len(best.paths) - len(joined.paths)
+    accounted = {*best.paths, *_tied(tensors, best.paths), *left}
+    problems = [
+        *missing(best, leaves),
+        *unexpected([key for key in tensors if key not in accounted], tensors, names),
+        *([f"under other names: {gained} tensors that fit leaves of Flax"] if gained else []),
     ]
-    if any("/" in key for key in keys):
-        hints.append(" A state_dict joins its names with dots, not slashes.")
-    return "".join(hints)
+    proposal = "" if callable(better) or not gained else _proposal(better)
+    return problems, _hints(wrapper, tensors), proposal
+
+
+def _proposal(names: Mapping[str, str]) -> str:
+    """Names to copy."""
+    entries = [f'    "{module}": "{place}",' for module, place in names.items()]
+    lines = ["By shapes and order, to be checked and edited:", "names={", *entries, "}"]
+    return "\n" + "\n".join(lines)
+
+
+def _hints(wrapper: str, keys: Iterable[str]) -> str:
+    """Of the usual reasons why names do not match, those that the keys show."""
+    hint = f'All names begin with "{wrapper}.", which names={{"{wrapper}": ""}} takes off.\n'
+    slashes = "A state_dict joins its names with dots, not slashes.\n"
+    return hint * bool(wrapper) + slashes * any("/" in key for key in keys)
 
 
 def _module(key: str) -> str:

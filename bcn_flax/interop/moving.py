@@ -50,12 +50,14 @@ class Match:
         tied: by key, tensors that are one with another in memory, and the key of that.
         left: by key, tensors that have no counterpart in Flax, and why nothing is lost.
         tensors: PyTorch's side as it was matched.
+        notes: what was presumed, or is unlikely.
     """
 
     pairs: tuple[Pair, ...]
     tied: Mapping[str, str]
     left: Mapping[str, str]
     tensors: Tensors = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     def to_flax(self, source: Any, *, partial: bool = False) -> dict[str, Any]:
         """Flax variables with the values of PyTorch's tensors.
@@ -151,7 +153,7 @@ class Match:
         }
 
     def __str__(self) -> str:
-        """A line for each tensor of PyTorch: where it goes and how, or why it does not."""
+        """A line for each tensor of PyTorch: where it goes and how, or why not; then the notes."""
         rows = [
             (p.key, f"{p.torch_shape}", "->", trees.name(p.path), f"{p.flax_shape}", p.layout.how)
             for p in self.pairs
@@ -161,7 +163,7 @@ class Match:
         paired = {pair.key for pair in self.pairs}
         lines += [f"{key}: tied to {o}" for key, o in self.tied.items() if key not in paired]
         lines += [f"{key}: left, as {why}" for key, why in self.left.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.notes])
 
 
 def _equal(x: Any, y: Any) -> bool:

@@ -60,7 +60,7 @@ LEFT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
 AUTHORS_BATCH_NORM = ("bn", "pbn")
 
 # PyTorch's wrappers put their own name before all others.
-WRAPPERS = ("module", "_orig_mod")
+WRAPPERS = ("module", "_orig_mod", "model")
 
 
 def canonical(components: Iterable[str]) -> Name:
@@ -117,11 +117,48 @@ def without_effect(names: Names, modules: Collection[str]) -> list[str]:
     """The entries of `names` that are about none of PyTorch's modules."""
     if callable(names):
         return []
-    return [
-        name
-        for name in names
-        if name and not any(f"{module}.".startswith(f"{name}.") for module in modules)
-    ]
+    return [name for name in names if name and not _names_some(name, modules)]
+
+
+def dotted(names: Names, modules: Collection[str], paths: Collection[Path]) -> dict[str, str]:
+    """The entries of `names` that have dots in their Flax paths, where Flax has none."""
+    places = {m: names(m) for m in modules} if callable(names) else names
+    if any("." in component for path in paths for component in path):
+        return {}
+    return {name: place for name, place in places.items() if place and "." in place}
+
+
+def taken_off(names: Names, modules: Collection[str]) -> str:
+    """The name before those of all modules that `names` takes off, if any."""
+    if callable(names):
+        return ""
+    common = [n for n, place in names.items() if not place and all(_in(m, n) for m in modules)]
+    return max(common, key=len, default="")
+
+
+def in_full(path: str, wrapper: str, modules: Collection[str]) -> str:
+    """A path of PyTorch that may leave a wrapper's name out, with it.
+
+    Example:
+        >>> in_full("fc", "module", ["module.fc"]), in_full("module.fc", "module", ["module.fc"])
+        ('module.fc', 'module.fc')
+    """
+    spellings = path, ".".join(filter(None, (wrapper, path)))
+    return next((s for s in spellings if _names_some(s, modules)), path)
+
+
+def names_in_full(names: Mapping[str, str], modules: Collection[str]) -> Mapping[str, str]:
+    """The same where all paths have the name of the wrapper that `names` takes off.
+
+    Example:
+        >>> names_in_full({"fc": "head", "module": ""}, ["module.fc"])
+        {'module': '', 'module.fc': 'head'}
+    """
+    wrapper = taken_off(names, modules)
+    if not wrapper:
+        return names
+    others = {name: place for name, place in names.items() if name != wrapper}
+    return {wrapper: ""} | {in_full(n, wrapper, modules): place for n, place in others.items()}
 
 
 def batch_channel_norms(modules: Collection[Name]) -> set[Name]:
@@ -164,6 +201,14 @@ def numbers_apart(component: str) -> list[str]:
 
 def _moving_speed(rate: float) -> str:
     return f"it is {rate:g}, for which Flax's batch norm takes momentum={1 - rate:g}"
+
+
+def _names_some(name: str, modules: Collection[str]) -> bool:
+    return any(_in(module, name) for module in modules)
+
+
+def _in(module: str, name: str) -> bool:
+    return f"{module}.".startswith(f"{name}.")
 
 
 def _components(path: str) -> list[str]:

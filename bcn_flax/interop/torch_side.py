@@ -9,6 +9,8 @@ from bcn_flax.interop.layouts import Known
 
 Tensors = Mapping[str, Any]
 
+_FROM_FLAX = "Of Flax's variables or NNX modules, state_dict_from_variables makes a state_dict."
+
 
 def tensors(source: Any) -> Tensors:
     """The `state_dict`.
@@ -20,12 +22,12 @@ def tensors(source: Any) -> Tensors:
     if not isinstance(found, Mapping):
         raise ValueError(
             "PyTorch's side must be a state_dict, a mapping from names to tensors, or a module, "
-            f"but it is of type {type(found).__name__}."
+            f"but it is of type {type(found).__name__}. {_FROM_FLAX}"
         )
     refuse(
         "A state_dict must map names to tensors, but:",
         [f"{key!r} holds {_what(x)}" for key, x in found.items() if not arrays.is_array(x)],
-        "Of a checkpoint, give the part that holds the tensors.",
+        f"Of a checkpoint, give the part that holds the tensors. {_FROM_FLAX}",
     )
     return found
 
