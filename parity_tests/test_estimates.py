@@ -90,6 +90,16 @@ class TestUpdating:
         if not np.isfinite(bad):
             assert not np.isfinite(y[1]).all()
 
+    def test_neither_does_the_type_they_are_stored_in_overflow(self, make):
+        """Moments that float32 holds and float16 does not; and a schedule gone wrong."""
+        layer, variables = start(make, use_running_average=False)
+        narrow = jax.tree.map(lambda s: s.astype(jnp.float16), variables)
+        assert same(run(layer, narrow, 1000 * X)[1]["batch_stats"], narrow["batch_stats"])
+        wrong = jax.jit(
+            lambda momentum: run(layer.clone(momentum=momentum), variables)[1]["batch_stats"]
+        )
+        assert same(wrong(jnp.nan), variables["batch_stats"])
+
     def test_after_a_bad_batch_all_goes_on_as_if_it_had_not_been(self, make):
         layer, variables = start(make, use_running_average=False)
         bad = run(layer, variables, jnp.full_like(X, jnp.nan))[1]

@@ -205,16 +205,136 @@ def test_layers_under_remat_fold():
     assert len(folded.norms) == 1
 
 
-def test_an_output_that_goes_elsewhere_too_is_refused():
-    class Fork(nn.Module):
+class Fork(nn.Module):
+    """The output of the first convolution goes elsewhere too, that of the second one does not."""
+
+    elsewhere: float = 1.0
+    classify: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        y = WSConv(4, (3, 3), name="forked")(x)
+        y = NORM(name="after_forked")(y) + self.elsewhere * y
+        y = NORM(name="after_straight")(WSConv(4, (3, 3), name="straight")(y))
+        return y.mean((1, 2)).argmax(-1) if self.classify else y
+
+
+@pytest.mark.parametrize("x", [IMAGES, jnp.zeros_like(IMAGES)], ids=["images", "zeros"])
+@pytest.mark.parametrize("model", [Fork(), Fork(1e-6), Fork(classify=True)], ids=str)
+def test_an_output_that_goes_elsewhere_too_keeps_its_norm(model, x):
+    """However little the example shows of it."""
+    variables = variables_of(model)
+    folded = fold(model, variables, x)
+    assert folded.norms == {("after_straight",)}
+    assert set(folded.convolutions) == {("forked",), ("straight",)}
+    actual = folded.apply(folded.variables, IMAGES).astype(jnp.float32)
+    expected = model.apply(variables, IMAGES).astype(jnp.float32)
+    assert_close(actual, expected, ulps=1024, dtype=np.float32)
+
+
+def test_mixed_precision_folds_as_precisely():
+    """Against float32, the folded network is no farther off than the unfolded one may be."""
+
+    def network(dtype):
+        layers = ()
+        for _ in range(3):
+            layers += (WSConv(8, (3, 3), dtype=dtype), NORM(dtype=dtype), nn.relu)
+        return Net((*layers, lambda x: x.astype(jnp.float32).mean((1, 2)), nn.Dense(5)))
+
+    variables = variables_of(network(jnp.float32))
+    exact = network(jnp.float32).apply(variables, IMAGES)
+    folded = fold(network(jnp.bfloat16), variables, IMAGES)
+    assert len(folded.norms) == 3
+    size = np.abs(exact).max()
+    errors = [
+        np.abs(np.asarray(y) - exact).max() / size
+        for y in (
+            folded.apply(folded.variables, IMAGES),
+            network(jnp.bfloat16).apply(variables, IMAGES),
+        )
+    ]
+    assert max(errors) < 32 * 2**-8  # three layers, of 72 products each
+
+
+@nn.jit
+class Compiled(nn.Module):
+    """Compiled once, for all that call it with variables of this structure."""
+
+    @nn.compact
+    def __call__(self, x):
+        return NORM()(WSConv(4, (3, 3))(x)) + WSConv(4, (1, 1), name="alone")(x)
+
+
+def test_what_is_compiled_already_is_seen_all_the_same():
+    """And nothing that was compiled for the folded network is taken for the other, or back."""
+    model = Net((Compiled(),))
+    variables = variables_of(model)
+    expected = model.apply(variables, IMAGES)
+    for _ in range(2):
+        folded = fold(model, variables, IMAGES)
+        assert len(folded.convolutions) == 2
+        assert len(folded.norms) == 1
+        actual = folded.apply(folded.variables, IMAGES)
+        assert_close(actual, expected, ulps=256, dtype=np.float32)
+        assert (model.apply(variables, IMAGES) == expected).all()
+        recalibrated = recalibrate(model, variables, [IMAGES])
+    again = recalibrate(model, variables, [IMAGES])
+    jax.tree.map(np.testing.assert_array_equal, again, recalibrated)
+
+
+def test_a_layer_alone_folds():
+    layer = WSConv(6, (3, 3))
+    assert_folds(layer, variables_of(layer))
+
+
+def test_arguments_by_name_are_arguments_too():
+    class Named(nn.Module):
         @nn.compact
         def __call__(self, x):
-            y = WSConv(4, (3, 3))(x)
-            return NORM()(y) + y
+            x = NORM()(x=WSConv(4, (3, 3))(inputs=x))
+            return x, BatchNorm(True)(x=nn.Conv(4, (1, 1))(inputs=x))
 
-    model = Fork()
-    with pytest.raises(ValueError, match=r"(?s)same output.*differ by.*goes somewhere else too"):
-        fold(model, variables_of(model), IMAGES)
+    variables = variables_of(Named())
+    folded = fold(Named(), variables, IMAGES)
+    assert len(folded.norms) == 2
+    for actual, expected in zip(
+        folded.apply(folded.variables, IMAGES), Named().apply(variables, IMAGES), strict=True
+    ):
+        assert_close(actual, expected, ulps=256, dtype=np.float32)
+
+
+def test_the_mask_still_masks_and_the_type_is_still_the_norms():
+    class Masked(nn.Module):
+        dtype: Any = jnp.float32
+
+        @nn.compact
+        def __call__(self, x, mask):
+            x = WSConv(4, (3, 3), dtype=self.dtype)(x)
+            x = NORM(dtype=jnp.float32)(x, mask=mask)
+            return BatchNorm(True, dtype=jnp.float32)(nn.Conv(4, (1, 1), dtype=self.dtype)(x))
+
+    mask = jnp.asarray(RNG.random((4, 8, 8, 1)) < 0.5)
+    variables = random_variables(Masked(), IMAGES, np.random.default_rng(1), mask=mask)
+    folded = fold(Masked(), variables, IMAGES, mask)
+    actual = folded.apply(folded.variables, IMAGES, mask)
+    expected = Masked().apply(variables, IMAGES, mask)
+    assert_close(actual, expected, ulps=1024, dtype=np.float32)
+    narrow = fold(Masked(jnp.bfloat16), variables, IMAGES, mask)
+    assert narrow.apply(variables=narrow.variables, x=IMAGES, mask=mask).dtype == jnp.float32
+
+
+def test_a_norm_of_another_axis_stays():
+    model = Net((WSConv(8, (3, 3)), NORM(axis=1)))
+    assert assert_folds(model, variables_of(model)).norms == frozenset()
+
+
+def test_boxes_are_opened_and_other_collections_are_kept():
+    init = nn.with_partitioning(nn.initializers.normal(), (None, None, None, "model"))
+    model = Net((WSConv(6, (3, 3), kernel_init=init), NORM()))
+    variables = {**model.init(jax.random.key(0), IMAGES), "other": {"a": jnp.ones(2)}}
+    folded = fold(model, variables, IMAGES)
+    assert isinstance(folded.variables["params"]["layers_0"]["kernel"], jax.Array)
+    assert (folded.variables["other"]["a"] == 1).all()
 
 
 def test_training_is_refused():
@@ -334,6 +454,57 @@ class TestRecalibration:
             assert_close(stats["mean"], x.mean((0, 1)), ulps=64, dtype=np.float32, scale=1)
             assert_close(stats["var"], x.var((0, 1)), ulps=64, dtype=np.float32)
             x, _ = Block().apply(layer, x, None)
+
+    def test_what_is_not_an_array_is_an_argument_too(self):
+        class Flagged(nn.Module):
+            @nn.compact
+            def __call__(self, x, train):
+                return BatchNorm(not train)(x)
+
+        variables = Flagged().init(jax.random.key(0), IMAGES, False)
+        stats = recalibrate(Flagged(), variables, [(IMAGES, False), (IMAGES, True)])
+        mean = stats["batch_stats"]["BatchNorm_0"]["mean"]
+        assert_close(mean, IMAGES.mean((0, 1, 2)), ulps=16, dtype=np.float32)
+
+    def test_what_no_batch_reaches_and_what_is_not_ours_stays(self):
+        """Even if it is NaN; and Flax's own norm, though it trains."""
+
+        class Mixed(nn.Module):
+            @nn.compact
+            def __call__(self, x, reach):
+                x = nn.BatchNorm(use_running_average=False, name="foreign")(x)
+                if reach:
+                    x = BatchNorm(True, name="unused")(x)
+                return BatchNorm(True, name="used")(x)
+
+        variables = Mixed().init(jax.random.key(0), IMAGES, True)
+        variables["batch_stats"]["unused"]["mean"] += jnp.nan
+        stats = recalibrate(Mixed(), variables, [(IMAGES, False)])["batch_stats"]
+        for name in ("foreign", "unused"):
+            jax.tree.map(np.testing.assert_array_equal, stats[name], variables["batch_stats"][name])
+        assert (stats["used"]["var"] != 1).all()
+
+    def test_nothing_that_is_masked_counts(self):
+        class Masked(nn.Module):
+            @nn.compact
+            def __call__(self, x, mask):
+                return BatchNorm(True)(x, mask=mask)
+
+        mask = jnp.ones((4, 1, 1, 1), bool)
+        variables = Masked().init(jax.random.key(0), IMAGES, mask)
+        batches = [(IMAGES + 5, ~mask), (IMAGES, mask.at[0].set(False)), (IMAGES + 7, ~mask)]
+        stats = recalibrate(Masked(), variables, batches)["batch_stats"]["BatchNorm_0"]
+        assert_close(stats["mean"], IMAGES[1:].mean((0, 1, 2)), ulps=16, dtype=np.float32)
+        assert_close(stats["var"], IMAGES[1:].var((0, 1, 2)), ulps=16, dtype=np.float32)
+
+    def test_narrow_statistics_average_as_wide_ones(self):
+        """In bfloat16 a count of 256 would stay there, and the average forget what was before."""
+        layer = BatchNorm(True)
+        x = jnp.arange(1024.0).reshape(1024, 1)
+        variables = jax.tree.map(lambda v: v.astype(jnp.bfloat16), layer.init(jax.random.key(0), x))
+        stats = recalibrate(layer, variables, list(x.reshape(128, 8, 1)))["batch_stats"]
+        assert stats["mean"].dtype == jnp.bfloat16
+        assert_close(stats["mean"], x.mean(0), ulps=1, dtype=jnp.bfloat16)
 
     def test_what_was_there_before_is_forgotten(self):
         """NaN too."""

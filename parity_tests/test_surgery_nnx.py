@@ -177,6 +177,42 @@ class TestConversion:
         )
         assert_unchanged(model, before)
 
+    def test_subclasses_and_stacked_norms_are_refused(self):
+        class WithActivation(nnx.BatchNorm):
+            def __call__(self, x):
+                return nnx.relu(super().__call__(x))
+
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make(rngs):
+            return nnx.BatchNorm(8, rngs=rngs)
+
+        for model, complaint in (
+            (WithActivation(8, rngs=nnx.Rngs(0)), "whose code would be lost"),
+            (make(nnx.Rngs(0)), "they have 2 axes"),
+        ):
+            with pytest.raises(ValueError, match=complaint):
+                convert_batch_norm(model, num_groups=2, ws=False)
+
+    def test_arguments_reach_the_norm_and_what_a_convolution_had_stays_its_own(self):
+        def promote(values, **kwargs):
+            return nnx.nn.dtypes.promote_dtype(values, **kwargs)
+
+        rngs = nnx.Rngs(0)
+        conv = nnx.Conv(
+            3, 8, (3, 3), promote_dtype=promote, kernel_metadata={"note": "mine"}, rngs=rngs
+        )
+        model = nnx.Sequential(conv, nnx.BatchNorm(8, axis_name="devices", rngs=rngs))
+        model.eval()
+        converted = convert_batch_norm(model, IMAGES, num_groups=2, estimate=False, momentum=0.5)
+        batch_norm = converted.layers[1].batch_norm
+        assert type(batch_norm) is BatchNorm
+        assert (batch_norm.momentum, batch_norm.axis_name) == (0.5, "devices")
+        for network in (converted, fold(converted, IMAGES)):
+            held = network.layers[0]
+            assert held.kernel.get_metadata("note") == "mine"
+            assert vars(held).get("promote_dtype", vars(held).get("_promote_dtype")) is promote
+
     def test_a_single_weight_cannot_be_standardized(self):
         rngs = nnx.Rngs(0)
         model = nnx.Sequential(
@@ -286,17 +322,63 @@ class TestFolding:
             expected = model(IMAGES)
             assert_close(exported.call(state, IMAGES), expected, ulps=1024, dtype=np.float32)
 
-    def test_an_output_that_goes_elsewhere_too_is_refused(self):
+    @pytest.mark.parametrize("classify", [False, True])
+    def test_an_output_that_goes_elsewhere_too_keeps_its_norm(self, classify):
+        """However little the example shows of it."""
+
         class Fork(nnx.Module):
             def __init__(self, rngs):
+                self.forked, self.after_forked = WSConv(3, 6, (3, 3), rngs=rngs), norm(rngs)
+                self.straight, self.after_straight = WSConv(6, 6, (3, 3), rngs=rngs), norm(rngs)
+
+            def __call__(self, x):
+                y = self.forked(x)
+                y = self.after_straight(self.straight(self.after_forked(y) + 1e-6 * y))
+                return y.mean((1, 2)).argmax(-1) if classify else y
+
+        folded = fold(randomized(Fork(nnx.Rngs(0))), jnp.zeros_like(IMAGES))
+        assert isinstance(folded.after_forked, BatchChannelNorm)
+        assert isinstance(folded.after_straight, ChannelNorm)
+        assert type(folded.forked) is type(folded.straight) is nnx.Conv
+
+    def test_layers_that_are_stored_as_one_stay(self):
+        class Deep(nnx.Module):
+            def __init__(self, rngs):
+                @nnx.split_rngs(splits=2)
+                @nnx.vmap(in_axes=(0,), out_axes=0)
+                def make(rngs):
+                    return row(WSConv(3, 3, (3, 3), rngs=rngs), nnx.relu)
+
+                self.stacked = make(rngs)
                 self.conv, self.norm = WSConv(3, 6, (3, 3), rngs=rngs), norm(rngs)
 
             def __call__(self, x):
-                y = self.conv(x)
-                return self.norm(y) + y
+                @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+                def layers(layer, x):
+                    return layer(x)
 
-        with pytest.raises(ValueError, match="goes somewhere else too"):
-            fold(randomized(Fork(nnx.Rngs(0))), IMAGES)
+                return self.norm(self.conv(layers(self.stacked, x)))
+
+        model = randomized(Deep(nnx.Rngs(0)))
+        folded = fold(model, IMAGES)
+        assert type(folded.stacked.layers[0]) is WSConv
+        assert type(folded.norm) is ChannelNorm
+        model.eval()
+        assert_close(folded(IMAGES), model(IMAGES), ulps=1024, dtype=np.float32)
+
+    def test_the_result_has_not_run(self):
+        class Counting(nnx.Module):
+            def __init__(self, rngs):
+                self.conv, self.norm = WSConv(3, 6, (3, 3), rngs=rngs), norm(rngs)
+                self.count = nnx.Variable(jnp.zeros(()))
+
+            def __call__(self, x, evaluate):
+                self.count[...] += 1
+                return self.norm(self.conv(x)) if evaluate else x
+
+        folded = fold(Counting(nnx.Rngs(0)), IMAGES, True)  # a flag is no array
+        assert folded.count[...] == 0
+        assert type(folded.norm) is ChannelNorm
 
     def test_two_norms_of_one_output_stay(self):
         class Two(nnx.Module):
@@ -381,7 +463,7 @@ class TestRecalibration:
         assert_unchanged(model, before)
 
     def test_a_model_without_such_norms_is_refused(self):
-        with pytest.raises(ValueError, match="norms of this library"):
+        with pytest.raises(ValueError, match="must reach norms of this library"):
             recalibrate(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), [jnp.ones((1, 3))])
 
 

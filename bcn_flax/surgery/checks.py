@@ -1,12 +1,11 @@
 """Every complaint about models that cannot be converted, recalibrated or folded."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from bcn_flax import checks
 
@@ -33,6 +32,24 @@ def complaint(rule: Any, *args: Any) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def one_layer(stats_rank: int) -> None:
+    """The module is one norm, not many that are stored as one."""
+    if stats_rank != 1:
+        raise ValueError(
+            f"The statistics of a norm must be (num_features,), but they have {stats_rank} axes, "
+            "as under nnx.vmap or nnx.scan. Convert one of the layers, and stack them then."
+        )
+
+
+def plain_batch_norm(kind: type) -> None:
+    """The norm is Flax's own, without other code."""
+    if kind is not nnx.BatchNorm:
+        raise ValueError(
+            f"Only nnx.BatchNorm itself is converted, but this is a {kind.__name__}, whose code "
+            "would be lost."
+        )
 
 
 def one_axis(axis: int | Sequence[int]) -> None:
@@ -66,12 +83,12 @@ def batches(seen: int) -> None:
         raise ValueError("Recalibration needs at least one batch, but there was none.")
 
 
-def norms(found: int) -> None:
+def norms(reached: Collection[Any]) -> None:
     """There is something to recalibrate."""
-    if not found:
+    if not reached:
         raise ValueError(
-            "The model must have norms of this library with running averages, BatchNorm, "
-            "EstimatedBatchNorm or BatchChannelNorm, but it called none."
+            "The batches must reach norms of this library with running averages, BatchNorm, "
+            "EstimatedBatchNorm or BatchChannelNorm, but the model called none on them."
         )
 
 
@@ -80,7 +97,8 @@ def finite(stats: Any) -> None:
     if not all(np.isfinite(s).all() for s in jax.tree.leaves(stats)):
         raise ValueError(
             "Statistics can only be taken from finite values, but in one of the batches the input "
-            "of a norm was infinite or NaN. Leave that batch out; nothing was changed."
+            "of a norm was infinite or NaN, or its variance overflowed. Leave that batch out; "
+            "nothing was changed."
         )
 
 
@@ -102,25 +120,3 @@ def foldable(convolutions: object) -> None:
             "library right after a convolution or dense layer, but on the example input neither "
             "was called."
         )
-
-
-def same_output(folded: Any, original: Any, variables: Any) -> None:
-    """The folded network, with these variables, computes what the original does.
-
-    Roundings change the last digits, and a few layers pass them on; a wrong structure changes the
-    first ones. The square root of the coarsest type's rounding lies between.
-    """
-    for actual, expected in zip(jax.tree.leaves(folded), jax.tree.leaves(original), strict=True):
-        floats = [v.dtype for v in (expected, *jax.tree.leaves(variables))]
-        tolerance = math.sqrt(
-            max(jnp.finfo(t).eps for t in floats if jnp.issubdtype(t, jnp.floating))
-        )
-        a, e = (np.asarray(v, np.float64) for v in (actual, expected))
-        difference, size = np.abs(a - e).max(initial=0), np.abs(e).max(initial=0)
-        if not difference <= tolerance * size:
-            raise ValueError(
-                "A network and its folded form must give the same output, but on the example input "
-                f"they differ by {difference:.3g}, where the largest output is {size:.3g}. Either "
-                "the output of a convolution goes somewhere else too, not only to its norm, or an "
-                "output is not finite."
-            )

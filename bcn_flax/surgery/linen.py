@@ -5,11 +5,12 @@ classes as attributes, `conv: Any = nn.Conv` and `norm: Any = nn.BatchNorm`, and
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -24,10 +25,13 @@ from bcn_flax.linen import (
     WSDense,
 )
 from bcn_flax.surgery import calibration, checks, folding
-from bcn_flax.surgery.flow import Flow
+from bcn_flax.surgery.flow import Detour, Flow, without_forks
 
 Path = tuple[str, ...]
 Variables = Mapping[str, Any]
+OnCall = Callable[[Any, Any], Any]
+
+_MARKS = itertools.count()
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv: nn.Conv,
@@ -68,36 +72,39 @@ def recalibrate(
         ValueError: there are no batches, or no norms, or a batch has values that are not finite.
     """
     checks.several_batches(batches)
-    calls = 0
+    names = calibration.Average._fields
 
     def average_first(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
         norm = context.module
         if not (isinstance(norm, BatchNorm) and context.method_name == "affine"):
             return next_fun(*fun_args, **fun_kwargs)
-        nonlocal calls
-        calls += 1
-        names, m = calibration.Average._fields, fun_args[0]
-        average: Any = [norm.get_variable("batch_stats", name) for name in names]
-        average = calibration.absorb(calibration.Average(*average), m, norm.running_variance)
+        m = fun_args[0]
+        old: list[Any] = [norm.get_variable("batch_stats", name) for name in names]
+        average = calibration.absorb(calibration.Average(*old), m, norm.running_variance)
         for name, value in zip(names, average, strict=True):
             norm.put_variable("batch_stats", name, value)
         return next_fun(m, use_running_average=True, update_stats=False)
 
-    @jax.jit
-    def step(variables: Variables, args: tuple[Any, ...]) -> Variables:
+    @partial(jax.jit, static_argnums=2)
+    def step(variables: Variables, arrays: Any, static: calibration.Static) -> Variables:
+        args = calibration.whole(arrays, static)
         with nn.intercept_methods(average_first):
             _, updates = model.apply(variables, *args, mutable=["batch_stats"], **kwargs)
         return {**variables, **updates}
 
     stats = flatten_dict(variables.get("batch_stats", {}))
-    weights = {(*p[:-1], "weight"): jnp.zeros_like(v) for p, v in stats.items() if p[-1] == "mean"}
-    weighed: Variables = {**variables, "batch_stats": unflatten_dict(stats | weights)}
-    for args in calibration.arguments(batches):
-        weighed = step(weighed, args)
-        checks.norms(calls)
-        checks.finite(weighed["batch_stats"])
-    after = flatten_dict(weighed["batch_stats"])
-    return {**variables, "batch_stats": unflatten_dict({path: after[path] for path in stats})}
+    start = calibration.start(stats)
+    averaged: Variables = {**variables, "batch_stats": unflatten_dict(start)}
+    for arrays, static in calibration.arguments(batches):
+        averaged = step(averaged, arrays, static)
+        checks.finite(calibration.reached(flatten_dict(averaged["batch_stats"])))
+    reached = calibration.reached(flatten_dict(averaged["batch_stats"]))
+    checks.norms(reached)
+    after = {
+        path: reached[path].astype(old.dtype) if path in reached else old
+        for path, old in stats.items()
+    }
+    return {**variables, "batch_stats": unflatten_dict(after)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,28 +116,37 @@ class Folded:
         model: the model as it was.
         convolutions: paths of the convolutions that are plain now, with or without a bias.
         norms: paths of the norms of which only a channel norm, or nothing, is left.
+        mark: a name of its own, for `apply`.
     """
 
     variables: dict[str, Any]
     model: nn.Module
     convolutions: Mapping[Path, bool]
     norms: frozenset[Path]
+    mark: str
 
     def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
         """What `model.apply` does, with the folded variables."""
-        with nn.intercept_methods(self._simplify):
-            return self.model.apply(variables, *args, **kwargs)
+        simplifying = False
 
-    def _simplify(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if context.method_name != "__call__":
-            return next_fun(*args, **kwargs)
-        if module.path in self.convolutions:
-            plain = _plain(module, self.convolutions[module.path])
-            return plain.apply({"params": module.variables["params"]}, *args)
-        if module.path in self.norms:
-            return _without_batch_norm(module, *args, **kwargs)
-        return next_fun(*args, **kwargs)
+        def simplify(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
+            nonlocal simplifying
+            module = context.module
+            planned = module.path in self.convolutions or module.path in self.norms
+            if simplifying or not planned or context.method_name != "__call__":
+                return next_fun(*fun_args, **fun_kwargs)
+            simplifying = True  # until the plain layer is done, whose path may be the same
+            try:
+                if module.path in self.norms:
+                    return _without_batch_norm(module, *fun_args, **fun_kwargs)
+                plain = _plain(module, self.convolutions[module.path])
+                params = module.variables["params"]
+                return plain.apply({"params": params}, *fun_args, **fun_kwargs)
+            finally:
+                simplifying = False
+
+        with nn.intercept_methods(simplify):
+            return self.model.apply(_marked(variables, self.mark), *args, **kwargs)
 
 
 def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> Folded:
@@ -138,8 +154,9 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
 
     A standardized kernel becomes a plain one. A batch norm by its running averages, alone or inside
     `BatchChannelNorm`, goes into the kernel and bias of the convolution or dense layer whose output
-    it is given; the channel norm stays. What does not stand in this relation stays as it is. On the
-    example input, folded and unfolded model are seen to give the same output.
+    it is given; the channel norm stays. What stands in another relation stays as it is, such as a
+    norm whose input goes elsewhere too. All this is seen while the example input runs through the
+    model.
 
     Example:
         >>> from functools import partial
@@ -158,11 +175,33 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
         kwargs: those that make the model evaluate among them.
 
     Raises:
-        ValueError: there is nothing to fold, a norm was called in training, or the output of a
-            convolution goes not only to its norm.
+        ValueError: there is nothing to fold, or a norm was called in training.
     """
     variables = meta.unbox(variables)
-    norm_after, modules = _flow(model, variables, args, kwargs)
+    flow: Flow[Path] = Flow()
+    modules: dict[Path, nn.Module] = {}
+
+    def run(produce: OnCall, consume: OnCall) -> Any:
+        with nn.intercept_methods(partial(_watch, produce=produce, consume=consume)):
+            return model.apply(_marked(variables, _new_mark()), *args, **kwargs)
+
+    def produced(module: nn.Module, y: Any) -> Any:
+        if _is_stored_as_used(module, variables):
+            modules[module.path] = module
+            flow.produce(module.path, y)
+        return y
+
+    def consumed(module: nn.Module, x: Any) -> Any:
+        if module.axis in (-1, x.ndim - 1):
+            modules[module.path] = module
+            flow.consume(module.path, x)
+        return x
+
+    def detour(d: Detour[Path]) -> Any:
+        return run(lambda m, y: d.leave(m.path, y), lambda m, x: d.enter(m.path, x))
+
+    jax.eval_shape(lambda: run(produced, consumed))
+    norm_after = without_forks(flow.one_to_one(), detour)
     params = flatten_dict(variables.get("params", {}))
     stats = flatten_dict(variables.get("batch_stats", {}))
     convolutions = {}
@@ -185,7 +224,7 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
         convolutions[path] = "bias" in weights
     checks.foldable(convolutions)
     rest = {name: v for name, v in variables.items() if name not in ("params", "batch_stats")}
-    folded = Folded(
+    return Folded(
         variables={
             **rest,
             "params": unflatten_dict(params),
@@ -194,40 +233,40 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
         model=model,
         convolutions=convolutions,
         norms=frozenset(norm_after.values()),
+        mark=_new_mark(),
     )
-    checks.same_output(
-        folded.apply(folded.variables, *args, **kwargs),
-        model.apply(variables, *args, **kwargs),
-        folded.variables,
-    )
-    return folded
 
 
-def _flow(
-    model: nn.Module, variables: Variables, args: Any, kwargs: Any
-) -> tuple[dict[Path, Path], dict[Path, nn.Module]]:
-    """The norm after each convolution, and the modules at those paths and others."""
-    flow: Flow[Path] = Flow()
-    modules: dict[Path, nn.Module] = {}
+def _new_mark() -> str:
+    return f"mark_{next(_MARKS)}"
 
-    def watch(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
-        module, path = context.module, context.module.path
-        if context.method_name != "__call__":
-            return next_fun(*fun_args, **fun_kwargs)
-        if isinstance(module, BatchNorm | BatchChannelNorm):
-            _check_evaluation(module, *fun_args, **fun_kwargs)
-            if module.axis in (-1, fun_args[0].ndim - 1):
-                modules[path] = module
-                flow.consume(path, fun_args[0])
-        y = next_fun(*fun_args, **fun_kwargs)
-        if type(module) in _PLAIN and _is_stored_as_used(module, variables):
-            modules[path] = module
-            flow.produce(path, y)
-        return y
 
-    with nn.intercept_methods(watch):
-        jax.eval_shape(lambda: model.apply(variables, *args, **kwargs))
-    return flow.one_to_one(), modules
+def _marked(variables: Variables, mark: str) -> Variables:
+    """The variables with one more beside each kernel.
+
+    Modules under `nn.jit` are traced again only where their variables have another structure, and
+    interceptors see only what is traced.
+    """
+    params = flatten_dict(variables.get("params", {}))
+    marks = {(*path[:-1], mark): value for path, value in params.items() if path[-1] == "kernel"}
+    return {**variables, "params": unflatten_dict(params | marks)}
+
+
+def _watch(
+    next_fun: Any, args: Any, kwargs: Any, context: Any, produce: OnCall, consume: OnCall
+) -> Any:
+    """Intercept calls: what a norm gets goes through `consume`, what others give, `produce`."""
+    module = context.module
+    if context.method_name != "__call__":
+        return next_fun(*args, **kwargs)
+    if isinstance(module, BatchNorm | BatchChannelNorm):
+        _check_evaluation(module, *args, **kwargs)
+        if args:
+            args = (consume(module, args[0]), *args[1:])
+        else:
+            kwargs = {**kwargs, "x": consume(module, kwargs["x"])}
+    y = next_fun(*args, **kwargs)
+    return produce(module, y) if type(module) in _PLAIN else y
 
 
 def _check_evaluation(
@@ -239,12 +278,8 @@ def _check_evaluation(
 
 def _is_stored_as_used(module: nn.Module, variables: Variables) -> bool:
     """Not so under `nn.scan` and `nn.vmap`, which store the kernels of many layers as one."""
-    stored = variables.get("params", {})
-    for name in module.path:
-        stored = stored.get(name, {})
-    return (
-        "kernel" in stored and stored["kernel"].shape == module.variables["params"]["kernel"].shape
-    )
+    stored = flatten_dict(variables.get("params", {})).get((*module.path, "kernel"))
+    return stored is not None and stored.shape == module.variables["params"]["kernel"].shape
 
 
 def _pop_batch_norm(

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,13 +11,14 @@ from flax import nnx
 from flax.nnx import initializers
 
 from bcn_flax import layer
-from bcn_flax.affine import Affine, Moments
+from bcn_flax.affine import Affine, Moments, widen
 from bcn_flax.checks import fan_in, group_count
 from bcn_flax.nnx import BatchChannelNorm, BatchNorm, WSConv, WSConvTranspose, WSDense
 from bcn_flax.surgery import calibration, checks, folding
-from bcn_flax.surgery.flow import Flow
+from bcn_flax.surgery.flow import Detour, Flow, without_forks
 
 Path = tuple[Any, ...]
+OnCall = Callable[[Path, Any, Any], Any]
 
 _PLAIN: dict[type[nnx.Module], type[nnx.Module]] = {
     nnx.Conv: nnx.Conv,
@@ -81,6 +83,8 @@ def convert_batch_norm(
         if norm in norms and conv not in left and type(modules[conv]) is nnx.Conv
     }
     complaints = [
+        *((p, checks.complaint(checks.plain_batch_norm, type(m))) for p, m in norms.items()),
+        *((p, checks.complaint(checks.one_layer, m.mean.ndim)) for p, m in norms.items()),
         *((p, checks.complaint(checks.one_axis, m.axis)) for p, m in norms.items()),
         *((p, checks.complaint(_groups, m.num_features, num_groups)) for p, m in norms.items()),
         *((p, checks.complaint(fan_in, m.kernel_shape, -1)) for p, m in convolutions.items()),
@@ -118,27 +122,29 @@ def recalibrate(model: Any, batches: Iterable[Any]) -> None:
     """
     checks.several_batches(batches)
     copy = _evaluating(model)
-    checks.norms(len(_batch_norms(copy)))
     for norm in _batch_norms(copy):
+        norm.mean, norm.var = (nnx.BatchStat(widen(old[...])) for old in (norm.mean, norm.var))
         norm.weight = nnx.BatchStat(jnp.zeros_like(norm.mean[...]))
     graphdef, state = nnx.split(copy)
 
-    @jax.jit
-    def step(state: Any, args: tuple[Any, ...]) -> Any:
+    @partial(jax.jit, static_argnums=2)
+    def step(state: Any, arrays: Any, static: calibration.Static) -> Any:
         copy = nnx.merge(graphdef, state)
         for norm in _batch_norms(copy):
             _override(norm, affine=_averaging(type(norm).affine))
-        copy(*args)
+        copy(*calibration.whole(arrays, static))
         return nnx.state(copy, nnx.BatchStat)
 
-    for args in calibration.arguments(batches):
-        stats = step(state, args)
-        checks.finite(stats)
-        state = nnx.merge_state(state, stats)
-    nnx.update(copy, state)
-    for norm in _batch_norms(copy):
-        del norm.weight
-    nnx.update(model, nnx.state(copy, nnx.BatchStat))
+    for arrays, static in calibration.arguments(batches):
+        state = nnx.merge_state(state, step(state, arrays, static))
+        nnx.update(copy, state)
+        reached = [norm for norm in _batch_norms(copy) if (norm.weight[...] > 0).any()]
+        checks.finite([(norm.mean[...], norm.var[...]) for norm in reached])
+    checks.norms(reached)
+    for old, new in zip(_batch_norms(model), _batch_norms(copy), strict=True):
+        if new in reached:
+            old.mean[...] = new.mean[...].astype(old.mean.dtype)
+            old.var[...] = new.var[...].astype(old.var.dtype)
 
 
 def fold(model: Any, *args: Any) -> Any:
@@ -164,25 +170,34 @@ def fold(model: Any, *args: Any) -> Any:
         args: an example input, and whatever else the model takes.
 
     Raises:
-        ValueError: there is nothing to fold, a norm was called in training, or the output of a
-            convolution goes not only to its norm.
+        ValueError: there is nothing to fold.
     """
     model = _evaluating(model)
     modules: dict[Path, Any] = dict(nnx.iter_modules(model))
-    norm_after = _flow(model, args, (BatchNorm, BatchChannelNorm), with_flags=False).one_to_one()
+    norm_types = (BatchNorm, BatchChannelNorm)
+    flow = _flow(model, args, norm_types, with_flags=False)
+
+    def detour(d: Detour[Path]) -> Any:
+        return _watched(
+            nnx.clone(model),
+            norm_types,
+            lambda path, y, _: d.leave(path, y),
+            lambda path, x, _: d.enter(path, x),
+        )(*args)
+
+    norm_after = without_forks(flow.one_to_one(), detour)
     norms = set(norm_after.values())
-    checks.foldable(norm_after or [m for m in modules.values() if _is_standardized(m)])
+    standardized = {path for path in flow.producers if _is_standardized(modules[path])}
+    checks.foldable(norms | standardized)
 
     def replace(path: Path, node: Any) -> Any:
         if path in norms:
             return node.channel_norm if isinstance(node, BatchChannelNorm) else _Nothing(node)
-        if path in norm_after or _is_standardized(node):
+        if path in norm_after or path in standardized:
             return _folded(node, modules[norm_after[path]] if path in norm_after else None)
         return node
 
-    folded = nnx.recursive_map(replace, nnx.clone(model))
-    checks.same_output(folded(*args), model(*args), nnx.state(folded, nnx.Param))
-    return folded
+    return nnx.recursive_map(replace, nnx.clone(model))
 
 
 def _name(path: Path) -> str:
@@ -291,37 +306,54 @@ def _flow(model: Any, args: Any, norms: Any, with_flags: bool) -> Flow[Path]:
     """What convolutions give and norms get: all norms, or those called on their input alone."""
     flow: Flow[Path] = Flow()
     graphdef, state = nnx.split(model)
+    modules: list[tuple[Path, Any]] = list(nnx.iter_modules(model))
+    shapes = {path: m.kernel.shape for path, m in modules if type(m) in _PLAIN}
 
-    def consume(path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
+    def produce(path: Path, y: Any, module: Any) -> Any:
+        if module.kernel.shape == shapes[path]:  # `nnx.scan` stores kernels of many layers as one
+            flow.produce(path, y)
+        return y
+
+    def consume(path: Path, x: Any, alone: bool) -> Any:
+        if with_flags or alone:
+            flow.consume(path, x)
+        return x
+
+    def forward(state: Any) -> None:
+        _watched(nnx.merge(graphdef, state), norms, produce, consume)(*args)
+
+    jax.eval_shape(forward, state)
+    return flow
+
+
+def _watched(model: Any, norms: Any, produce: OnCall, consume: OnCall) -> Any:
+    """Change the model: what norms get goes through `consume`, what others give, `produce`.
+
+    `produce` is given path, output and module; `consume`, path, input, and whether it was called on
+    that alone.
+    """
+
+    def consuming(path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(self: Any, x: Any, *flags: Any, **named: Any) -> Any:
-            if self.axis in (-1, x.ndim - 1) and (with_flags or not (flags or named)):
-                flow.consume(path, x)
+            if self.axis in (-1, x.ndim - 1):
+                x = consume(path, x, not (flags or named))
             return call(self, x, *flags, **named)
 
         return watched
 
-    def produce(path: Path, call: Callable[..., Any], shape: Any) -> Callable[..., Any]:
+    def producing(path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(self: Any, *inputs: Any, **named: Any) -> Any:
-            y = call(self, *inputs, **named)
-            if self.kernel.shape == shape:  # `nnx.scan` stores the kernels of many layers as one
-                flow.produce(path, y)
-            return y
+            return produce(path, call(self, *inputs, **named), self)
 
         return watched
 
-    def forward(state: Any, args: Any) -> None:
-        copy = nnx.merge(graphdef, state)
-        watchable: list[tuple[Path, Any]] = list(nnx.iter_modules(copy))
-        for path, module in watchable:
-            kind: Any = type(module)
-            if isinstance(module, norms):
-                _override(module, __call__=consume(path, kind.__call__))
-            elif kind in _PLAIN:
-                _override(module, __call__=produce(path, kind.__call__, module.kernel.shape))
-        copy(*args)
-
-    jax.eval_shape(forward, state, args)
-    return flow
+    for path, module in list(nnx.iter_modules(model)):
+        kind: Any = type(module)
+        if isinstance(module, norms):
+            _override(module, __call__=consuming(path, kind.__call__))
+        elif kind in _PLAIN:
+            _override(module, __call__=producing(path, kind.__call__))
+    return model
 
 
 def _averaging(affine: Callable[..., Affine]) -> Callable[..., Affine]:
