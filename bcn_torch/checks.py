@@ -267,8 +267,8 @@ def foldable(replacements: Collection[nn.Module]) -> None:
     if not replacements:
         raise ValueError(
             "The model must have something to fold, a standardized weight, or a batch norm of "
-            "bcn_torch right after a convolution or linear layer, but on the example there was "
-            "neither. Convert the norms of torch.nn with convert_batch_norm."
+            "bcn_torch that alone uses the output of a convolution or linear layer, but on the "
+            "example there was neither. Convert the norms of torch.nn with convert_batch_norm."
         )
 
 
@@ -299,15 +299,4 @@ def finite_moments(mean: Tensor, var: Tensor, name: str) -> None:
             f"The mean and variance of every channel must be finite, but at {name!r} those of the "
             f"channels {', '.join(map(str, bad))} are not. The statistics are as they were before; "
             "leave the batch out."
-        )
-
-
-def same_output(difference: float, allowed: float) -> None:
-    """What was folded computes the same."""
-    if not difference <= allowed:
-        raise ValueError(
-            "The folded model must compute what the model does, but on the example its output is "
-            f"off by {difference:.2g}, and rounding explains {allowed:.2g}. Is the output of a "
-            "convolution or linear layer used elsewhere too, besides by the norm that follows it? "
-            "Fold those parts of the model where it is not."
         )

@@ -84,8 +84,8 @@ def trained(model, *shape, steps=2, seed=0):
     return model
 
 
-def assert_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+def assert_equal(actual, expected, **kwargs):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, **kwargs)
 
 
 def state_and_modes(model):
@@ -353,6 +353,15 @@ def test_what_is_shared_stays_shared_and_what_is_tied_stays_tied():
     assert new["tied"].weight is not conv.weight
 
 
+def test_an_example_changes_neither_random_state_nor_example():
+    model = nn.Sequential(nn.ReLU(inplace=True), Crossed())
+    model[1].register_forward_hook(lambda module, args, y: y + torch.rand(()))
+    x, state = -torch.ones(2, 4, 5, 5), torch.get_rng_state()
+    convert_batch_norm(model, groups=2, example_inputs=(x,))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_equal(x, -torch.ones(2, 4, 5, 5))
+
+
 def test_leave_is_asked_about_the_models_own_norms_and_convolutions_by_name():
     model, asked = ResNet(width=8), {}
 
@@ -586,12 +595,15 @@ def test_a_norm_that_runs_twice_averages_over_both():
     assert_equal(model.norm.exp_mean, torch.tensor([2.0, 4.0]))
 
 
-def test_a_norm_that_no_batch_reaches_keeps_its_estimates():
+@pytest.mark.parametrize("value", [7.0, torch.nan])
+def test_a_norm_that_no_batch_reaches_keeps_its_estimates(value):
     model = nn.ModuleDict({"used": BatchNorm(2), "unused": BatchNorm(2)})
     model.forward = lambda x: model["used"](x)
-    model["unused"].exp_mean.fill_(7)
+    for estimate in model["unused"].buffers():
+        estimate.fill_(value)
     recalibrate(model, [torch.randn(3, 2)])
-    assert_equal(model["unused"].exp_mean, torch.full((2,), 7.0))
+    for estimate in model["unused"].buffers():
+        assert_equal(estimate, torch.full((2,), value), equal_nan=True)
 
 
 def poisoned():

@@ -5,7 +5,7 @@ classes as attributes, `conv: Any = nn.Conv` and `norm: Any = nn.BatchNorm`, and
 """
 
 import dataclasses
-import itertools
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -31,8 +31,6 @@ Path = tuple[str, ...]
 Variables = Mapping[str, Any]
 OnCall = Callable[[Any, Any], Any]
 
-_MARKS = itertools.count()
-
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv: nn.Conv,
     nn.ConvTranspose: nn.ConvTranspose,
@@ -51,7 +49,8 @@ def recalibrate(
     For a model that moves to other data, or whose averages went astray. They become the average of
     what each batch contributes, weighted by its number of values, the old ones being forgotten.
     Every norm averages first and then normalizes by the average so far, as it will in evaluation;
-    so a single batch makes the whole network agree with itself exactly. All else evaluates.
+    so a single batch makes the whole network agree with itself exactly. All else does as the
+    arguments say.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -238,7 +237,7 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
 
 
 def _new_mark() -> str:
-    return f"mark_{next(_MARKS)}"
+    return f"mark_{uuid.uuid4().hex}"
 
 
 def _marked(variables: Variables, mark: str) -> Variables:
