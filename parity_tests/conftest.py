@@ -23,6 +23,16 @@ settings.register_profile("default", deadline=None, max_examples=20, print_blob=
 settings.load_profile("default")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Without the slow tests, leave LLVM's optimizations out, which take most of the time.
+
+    What XLA does to a program stays the same. The slow tests run as programs usually do.
+    """
+    if "not slow" in config.option.markexpr:
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With `-m "not torch"`, leave out the files that need PyTorch before they import it."""
     if "not torch" not in config.option.markexpr or collection_path.suffix != ".py":

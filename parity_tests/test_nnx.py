@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from typing import Any, NamedTuple
 
 import jax
@@ -260,15 +259,19 @@ WAYS = {
     "tree": (jax.jit, nnx.jit, {"graph": False, "graph_updates": False}),
     "eager": (eager, eager, {"graph": True, "graph_updates": True}),
 }
-QUICK = [("float32", "sgd", "graph"), ("bfloat16", "adam", "tree")]
+QUICK = ("float32", "sgd", "graph")
+SLOW = ("bfloat16", "adam", "tree")
+EAGER = ("float32", "sgd", "eager")
 
 
 def combinations():
-    """Every case in every way; two ways are quick, one for networks, which take long to compile."""
-    for (name, case), *choice in product(CASES.items(), TYPES, OPTIMIZERS, WAYS):
-        quick = tuple(choice) in (QUICK[:1] if name in NETWORKS else QUICK)
-        marks = () if quick else pytest.mark.slow
-        yield pytest.param(case, *choice, id="-".join([name, *choice]), marks=marks)
+    """Every case in two ways, networks, which take long to compile, in one; and one eagerly."""
+    ways = [(name, QUICK) for name in CASES]
+    ways += [(name, SLOW) for name in CASES if name not in NETWORKS]
+    ways += [("bcn", EAGER)]
+    for name, choice in ways:
+        marks = () if choice == QUICK else pytest.mark.slow
+        yield pytest.param(CASES[name], *choice, id="-".join([name, *choice]), marks=marks)
 
 
 @contextmanager

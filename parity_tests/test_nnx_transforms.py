@@ -27,7 +27,6 @@ LAYERS = {
 }
 MODES = {
     "graph": {"graph": True, "graph_updates": True},
-    "graph_without_updates": {"graph": True, "graph_updates": False},
     "tree": {"graph": False, "graph_updates": False},
 }
 
@@ -41,7 +40,9 @@ def parametrize(name, table, *quick):
     return pytest.mark.parametrize(name, values)
 
 
-every_layer = parametrize("make", LAYERS, "bcn_batch")
+every_layer = parametrize(
+    "make", {name: LAYERS[name] for name in ("bcn_batch", "bcn")}, "bcn_batch"
+)
 every_mode = parametrize("mode", MODES, "graph", "tree")
 
 

@@ -60,8 +60,14 @@ def names_of(variables):
     return {"/".join(path[1:]) for path in flatten_dict(variables)}
 
 
-@pytest.mark.parametrize("ws", [True, False])
-@pytest.mark.parametrize("norm", ["bcn", "bn"])
+@pytest.mark.parametrize(
+    ("norm", "ws"),
+    [
+        ("bcn", True),
+        pytest.param("bcn", False, marks=pytest.mark.slow),
+        pytest.param("bn", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_vgg_folds(norm, ws):
     model = VGG(((8, 8), (16,)), norm=norm, ws=ws, num_groups=4)
     variables = variables_of(model, train=False)
@@ -118,7 +124,16 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize(("layers", "shape"), LAYERS.values(), ids=LAYERS)
+QUICK = ("grouped", "masked", "transposed kernel", "with a gain", "plain convolution", "batch norm")
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, case in LAYERS.items()
+    ],
+)
 def test_every_layer_folds(layers, shape):
     x = jnp.asarray(RNG.normal(1, 2, shape), jnp.float32)
     model = Net(layers)
@@ -219,8 +234,16 @@ class Fork(nn.Module):
         return y.mean((1, 2)).argmax(-1) if self.classify else y
 
 
-@pytest.mark.parametrize("x", [IMAGES, jnp.zeros_like(IMAGES)], ids=["images", "zeros"])
-@pytest.mark.parametrize("model", [Fork(), Fork(1e-6), Fork(classify=True)], ids=str)
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (Fork(1e-6), jnp.zeros_like(IMAGES)),
+        (Fork(classify=True), IMAGES),
+        pytest.param(Fork(), IMAGES, marks=pytest.mark.slow),
+        pytest.param(Fork(classify=True), jnp.zeros_like(IMAGES), marks=pytest.mark.slow),
+    ],
+    ids=["slightly", "hidden", "openly", "hidden, from zeros"],
+)
 def test_an_output_that_goes_elsewhere_too_keeps_its_norm(model, x):
     """However little the example shows of it."""
     variables = variables_of(model)

@@ -295,8 +295,17 @@ LAYERS = {
 }
 
 
+QUICK = ("masked", "with a gain", "plain convolution", "batch norm")
+
+
 class TestFolding:
-    @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
+    @pytest.mark.parametrize(
+        ("make", "shape"),
+        [
+            pytest.param(*case, id=name, marks=() if name in QUICK else pytest.mark.slow)
+            for name, case in LAYERS.items()
+        ],
+    )
     def test_every_layer_folds(self, make, shape):
         x = jnp.asarray(RNG.normal(1, 2, shape), jnp.float32)
         model = randomized(make(nnx.Rngs(0)))

@@ -126,7 +126,15 @@ WAYS = [jitted, checkpointed, rematerialized, sharded_jit, shard_mapped]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(LAYERS["batch_norm"], id="batch_norm", marks=pytest.mark.slow),
+        pytest.param(LAYERS["estimated"], id="estimated", marks=pytest.mark.slow),
+        pytest.param(LAYERS["bcn"], id="bcn"),
+        pytest.param(LAYERS["bcn_batch"], id="bcn_batch"),
+    ],
+)
 def test_output_statistics_and_gradients_are_the_same(make, way):
     x, dy = batch()
     expected = loss_and_gradients(*eager(make), x, dy)
