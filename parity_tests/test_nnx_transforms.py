@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bcn_flax.nnx import BatchChannelNorm, BatchNorm, EstimatedBatchNorm
+from bcn_flax.nnx import BatchChannelNorm
 from parity_tests.tolerances import assert_close
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -20,8 +20,6 @@ DEVICES = 4
 ULPS = 1000  # of float64: sums of some thousand terms in another order
 
 LAYERS = {
-    "batch_norm": BatchNorm,
-    "estimated": EstimatedBatchNorm,
     "bcn": partial(BatchChannelNorm, num_groups=2),
     "bcn_batch": partial(BatchChannelNorm, num_groups=2, estimate=False),
 }
@@ -40,9 +38,7 @@ def parametrize(name, table, *quick):
     return pytest.mark.parametrize(name, values)
 
 
-every_layer = parametrize(
-    "make", {name: LAYERS[name] for name in ("bcn_batch", "bcn")}, "bcn_batch"
-)
+every_layer = parametrize("make", LAYERS, "bcn_batch")
 every_mode = parametrize("mode", MODES, "graph", "tree")
 
 
