@@ -12,8 +12,8 @@ from flax import nnx
 
 import bcn_flax.nnx
 from bcn_flax import BatchChannelNorm, BatchNorm, EstimatedBatchNorm
+from parity_tests.draws import random_variables
 from parity_tests.tolerances import assert_close
-from parity_tests.twins import random_variables
 
 LAYERS = {
     "BatchNorm": BatchNorm,

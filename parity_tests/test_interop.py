@@ -14,8 +14,8 @@ from bcn_flax import interop
 from bcn_flax.interop import state_dict_from_variables, variables_from_torch
 from bcn_flax.models import VGG
 from parity_tests import layout
+from parity_tests.draws import random_variables
 from parity_tests.tolerances import assert_close
-from parity_tests.twins import random_variables
 
 pytestmark = pytest.mark.torch
 

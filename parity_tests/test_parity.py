@@ -12,8 +12,9 @@ import torch
 import bcn_flax
 import bcn_torch
 from parity_tests import oracle
+from parity_tests.draws import random_variables
 from parity_tests.tolerances import assert_close, roundings
-from parity_tests.twins import Adam, FlaxSide, OracleSide, Sgd, TorchSide, random_variables
+from parity_tests.twins import Adam, FlaxSide, OracleSide, Sgd, TorchSide
 
 pytestmark = pytest.mark.torch
 

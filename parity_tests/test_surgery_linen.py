@@ -22,9 +22,9 @@ from bcn_flax import (
 from bcn_flax.models import VGG
 from bcn_flax.surgery.linen import fold, recalibrate
 from bcn_flax.variants import WS
+from parity_tests.draws import random_variables
 from parity_tests.test_drop_in import ResNet
 from parity_tests.tolerances import assert_close
-from parity_tests.twins import random_variables
 
 RNG = np.random.default_rng(0)
 IMAGES = jnp.asarray(RNG.normal(1, 2, (4, 8, 8, 3)), jnp.float32)

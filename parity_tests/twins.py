@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
@@ -157,9 +156,3 @@ class OracleSide:
                 if hasattr(part, name):
                     statistics[(module, name) if module else (name,)] = getattr(part, name)
         return Report(y, dx, *map(unflatten_dict, (gradients, statistics, parameters)))
-
-
-def random_variables(layer, x, rng, **call):
-    """Variables of a layer, none of them at its initial value, all of them sane."""
-    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.asarray(x), **call))
-    return jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.5, 1.5, v.shape), v.dtype), shapes)
