@@ -17,8 +17,9 @@ it takes 30 s.
     --norm gn                             99.39 +- 0.23     99.56 +- 0.32
 
 One image is 0.28 %, over which roundings decide: the table is of an earlier revision, and seed 0 of
-the first line gives 99.44 now, where it gave 99.17. The digits are hard enough to show that batch norm alone suffers from batches
-of one, and too easy to tell the others apart. CIFAR-10 has not been measured yet.
+the first line gives 99.44 now, where it gave 99.17. The digits are hard enough to show that batch
+norm alone suffers from batches of one, and too easy to tell the others apart. CIFAR-10 has not been
+measured yet.
 
 The whole data set lies on the device, and shuffling, augmentation, forward pass, backward pass and
 update are one compiled step. The host only calls it again and again: a scan over the steps would
