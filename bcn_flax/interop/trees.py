@@ -69,16 +69,17 @@ def module_with(module: ModuleT, variables: Variables) -> ModuleT:
             {name(path): arrays.shape(v) for path, (_, v) in places.items()},
         ),
     )
-    nnx.update(
-        copy,
-        nnx.from_flat_state(
-            [
-                (place, v.replace(jnp.asarray(leaves[p], v.dtype)))
-                for p, (place, v) in places.items()
-            ]
-        ),
+    return filled(
+        copy, {path: jnp.asarray(leaves[path], v.dtype) for path, (_, v) in places.items()}
     )
-    return copy
+
+
+def filled(module: ModuleT, leaves: Leaves) -> ModuleT:
+    """The same NNX module, its parameters and statistics replaced, dtypes included."""
+    places = _nnx_leaves(module)
+    state = [(place, v.replace(leaves[path])) for path, (place, v) in places.items()]
+    nnx.update(module, nnx.from_flat_state(state))
+    return module
 
 
 def flax_leaves(variables: Variables | nnx.Module) -> Leaves:
@@ -113,9 +114,9 @@ def convolutions(like: Variables | nnx.Module) -> dict[Path, Known]:
     known = {}
     for place, module in nnx.iter_modules(like):
         if isinstance(module, nnx.ConvTranspose):
-            known[_joined(place)] = Known(True, bool(module.transpose_kernel))
+            known[joined(place)] = Known(True, bool(module.transpose_kernel))
         elif isinstance(module, nnx.Conv):
-            known[_joined(place)] = Known(False)
+            known[joined(place)] = Known(False)
     return known
 
 
@@ -127,7 +128,7 @@ def name(path: Path) -> str:
 def _nnx_leaves(module: nnx.Module) -> dict[Path, tuple[tuple[Any, ...], nnx.Variable[Any]]]:
     """By linen's path: where a parameter or a statistic is in the module, and its variable."""
     found = [
-        ((collection, *_joined(place)), (place, variable))
+        ((collection, *joined(place)), (place, variable))
         for collection, kind in _COLLECTIONS.items()
         for place, variable in nnx.to_flat_state(nnx.state(module, kind))
     ]
@@ -140,7 +141,8 @@ def _nnx_leaves(module: nnx.Module) -> dict[Path, tuple[tuple[Any, ...], nnx.Var
     return dict(found)
 
 
-def _joined(place: Iterable[Any]) -> Path:
+def joined(place: Iterable[Any]) -> Path:
+    """A place in an NNX module as linen's path: an index joins the name of its list."""
     path: list[str] = []
     for part in place:
         if isinstance(part, int) and path:
