@@ -6,17 +6,20 @@ and one offset for each, `Affine`. Both are small, `(n, c)`, and affine maps com
 stack of normalizations reads `x` once to measure it and once to write the result:
 
     m = moments(x)                                             # one pass over x
-    f = standardize(pool_batch(m), epsilon)                    # batch norm
+    f = standardize(pool_batch(m), epsilon, m.origin)          # batch norm
     g = standardize(pool_groups(push(f, m), groups), epsilon)  # a group norm of what f would give
-    y = apply(chain(f, spread(g, c)), x)                       # one pass over x
+    y = apply(chain(f, spread(g, c)), centered(x, m.origin))   # one pass over x
 
 Three laws carry this. The law of total variance pools moments, `push` knows the moments of `f(x)`
 without computing `f(x)`, and `chain` is associative.
+
+Means are measured, and maps applied, from an origin near the data. Far from it, where a mean is
+large beside the deviations from it, every sum and product would round the deviations away.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,20 +31,36 @@ from jaxtyping import Array, Bool, Float
 class Moments(NamedTuple):
     """Mean and (biased) variance of each channel of each sample.
 
-    `size` is the number of values they were taken of, and so their weight when they are pooled: a
-    plain integer where it is the same for all.
+    Attributes:
+        mean: measured from `origin`: small, and precise, where the origin is near.
+        var: around the mean.
+        size: the number of values they were taken of, and so their weight when they are pooled: a
+            plain integer where it is the same for all.
+        origin: a constant, without derivative.
     """
 
     mean: Float[Array, "n c"]
     var: Float[Array, "n c"]
     size: Float[Array, "n c"] | int = 1
+    origin: Float[Array, "n c"] | float = 0.0
+
+    @property
+    def mean_from_zero(self) -> Array:
+        """The mean as such."""
+        return self.origin + self.mean
 
 
 class Affine(NamedTuple):
-    """The map `x -> scale * x + offset`, one for each channel of each sample."""
+    """The map `x -> scale * x + offset`, one for each channel of each sample.
+
+    Where `x` was measured from an origin, it is a map of `x - origin`: see `centered`.
+    """
 
     scale: Float[Array, "n c"]
     offset: Float[Array, "n c"]
+
+
+PerChannel = TypeVar("PerChannel", Moments, Affine)
 
 
 def widen(x: Array) -> Array:
@@ -58,9 +77,9 @@ def moments(
 ) -> Moments:
     """Measure each channel of each sample: `E[x]` and `E[(x - E[x])^2]` over its space.
 
-    The second moment is taken around a pivot `p`, `E[(x - p)^2] - E[x - p]^2`: any `p` is exact on
-    paper and has the exact derivatives, and one near the data keeps the digits that
-    `E[x^2] - E[x]^2` loses when the mean is large. Here `p` is the mean of a coarse grid of each
+    Both are taken from an origin `o`, `E[x - o]` and `E[(x - o)^2] - E[x - o]^2`: any `o` is exact
+    on paper and has the exact derivatives, and one near the data keeps the digits that
+    `E[x^2] - E[x]^2` loses when the mean is large. Here `o` is the mean of a coarse grid of each
     channel's values, one in 64 or more. So it lies within `sqrt(64 - 1)` standard deviations of the
     mean of them all, wherever the outliers are, and the difference loses 6 bits at the very worst.
 
@@ -68,7 +87,7 @@ def moments(
         x: any number of space axes, none included; the first axis counts samples.
         axis: the channel axis.
         mask: true where a value counts; one axis for each of `x`'s, of the same length or 1. The
-            pivot is then the mean itself, at the cost of one more pass over `x`.
+            origin is then the mean itself, at the cost of one more pass over `x`.
 
     Returns:
         Moments in float32, or wider where `x` is. Mean and variance are 0 where nothing counts.
@@ -78,26 +97,30 @@ def moments(
     size: Array | int
     if mask is None:
         size = math.prod(x.shape[i] for i in space)
-        pivot = jnp.mean(_coarse_grid(x, space), space, keepdims=True)
+        near = jnp.mean(_coarse_grid(x, space), space, keepdims=True)
     else:
         # A masked value may be anything, NaN included: it is replaced before any arithmetic.
         mask = jnp.broadcast_to(mask, x.shape)
         size = jnp.sum(mask, space, keepdims=True, dtype=x.dtype)
         x = jnp.where(mask, x, 0)
-        pivot = jnp.sum(x, space, keepdims=True) / jnp.maximum(size, 1)
-    pivot = lax.stop_gradient(pivot)
-    deviation = x - pivot if mask is None else jnp.where(mask, x - pivot, 0)
+        near = jnp.sum(x, space, keepdims=True) / jnp.maximum(size, 1)
+    n, c = x.shape[0], x.shape[axis]
+    # One value that is not finite must not take those around it along.
+    origin = lax.stop_gradient(jnp.where(jnp.isfinite(near), near, 0)).reshape(n, c)
+    deviation = centered(x, origin, axis)
+    if mask is not None:
+        deviation = jnp.where(mask, deviation, 0)
 
     def average(values: Array) -> Array:
         return jnp.sum(values, space, keepdims=True) / jnp.maximum(size, 1)
 
-    first, second = average(deviation), average(jnp.square(deviation))
-    mean, var = pivot + first, _not_negative(second - jnp.square(first))
-    n, c = x.shape[0], x.shape[axis]
+    mean, second = average(deviation), average(jnp.square(deviation))
+    var = _not_negative(second - jnp.square(mean))
     return Moments(
         mean.reshape(n, c),
         var.reshape(n, c),
         size if mask is None else jnp.reshape(size, (n, c)),
+        origin,
     )
 
 
@@ -131,18 +154,26 @@ def pool_groups(m: Moments, num_groups: int) -> Moments:
     def total(*values: Array) -> list[Array]:
         return [jnp.sum(v, axis=-1, keepdims=True) for v in values]
 
-    pooled = _pool(Moments(split(m.mean), split(m.var), split(_weight(m))), total)
+    origin = jnp.broadcast_to(m.origin, m.mean.shape)
+    pooled = _pool(Moments(*map(split, (m.mean, m.var, _weight(m), origin))), total)
     return jax.tree.map(lambda values: values[..., 0], pooled)
 
 
-def standardize(m: Moments, epsilon: float) -> Affine:
-    """The map that gives mean 0 and variance `var / (var + epsilon)`, nearly 1."""
-    scale = lax.rsqrt(m.var + epsilon)
-    return Affine(scale, -m.mean * scale)
+def standardize(m: Moments, epsilon: float, origin: Array | float = 0.0) -> Affine:
+    """The map that gives mean 0 and variance `var / (var + epsilon)`, nearly 1.
+
+    Args:
+        m: by which to standardize.
+        epsilon: added to the variance.
+        origin: from which the values to be mapped are measured.
+    """
+    # Not rsqrt, whose derivative goes with var ** -1.5 and is 0 in float32 from values of 1e13 on.
+    scale = 1 / jnp.sqrt(m.var + epsilon)
+    return Affine(scale, ((origin - m.origin) - m.mean) * scale)
 
 
 def push(f: Affine, m: Moments) -> Moments:
-    """The moments of `f(x)`, from the moments of `x`."""
+    """The moments of `f(x)`, from the moments of `x`, from whose origin `f` maps."""
     return Moments(f.scale * m.mean + f.offset, jnp.square(f.scale) * m.var, m.size)
 
 
@@ -151,9 +182,14 @@ def chain(f: Affine, g: Affine) -> Affine:
     return Affine(g.scale * f.scale, g.scale * f.offset + g.offset)
 
 
-def spread(f: Affine, channels: int) -> Affine:
-    """One map for each group, `(n, groups)`, as one for each channel, `(n, channels)`."""
-    return jax.tree.map(lambda v: jnp.repeat(v, channels // v.shape[1], axis=1), f)
+def spread(of_groups: PerChannel, channels: int) -> PerChannel:
+    """One for each group, `(n, groups)`, as one for each channel, `(n, channels)`."""
+    return jax.tree.map(lambda v: jnp.repeat(v, channels // v.shape[1], axis=1), of_groups)
+
+
+def centered(x: Array, origin: Array | float, axis: int = -1) -> Array:
+    """`x - origin`, one origin for each channel of each sample."""
+    return x - (_like(origin, x, axis) if isinstance(origin, Array) else origin)
 
 
 def apply(
@@ -177,10 +213,13 @@ def _pool(m: Moments, total: Callable[..., list[Array]]) -> Moments:
     `total` adds up, in each of the arrays that it is given, whatever is to be pooled.
     """
     weight = _weight(m)
-    size, weighted = total(weight, weight * m.mean)
-    mean = weighted / jnp.maximum(size, 1)
-    (weighted,) = total(weight * (m.var + jnp.square(m.mean - mean)))
-    return Moments(mean, weighted / jnp.maximum(size, 1), size)
+    size, weighted = total(weight, weight * m.mean_from_zero)
+    # The mean, but for its rounding, from which the means to be pooled do not lie far.
+    origin = lax.stop_gradient(weighted / jnp.maximum(size, 1))
+    deviation = (m.origin - origin) + m.mean
+    first, second = total(weight * deviation, weight * (m.var + jnp.square(deviation)))
+    mean, second = (values / jnp.maximum(size, 1) for values in (first, second))
+    return Moments(mean, _not_negative(second - jnp.square(mean)), size, origin)
 
 
 def _weight(m: Moments) -> Array:

@@ -91,7 +91,8 @@ def batch_norm_moments(
         axis_name=axis_name,
         axis_index_groups=norm.axis_index_groups,
     )
-    return Moments(widen(pooled.mean), widen(pooled.var)), (running.mean[0], running.var[0])
+    pooled = pooled._replace(mean=widen(pooled.mean), var=widen(pooled.var))
+    return pooled, (running.mean[0], running.var[0])
 
 
 def update_flag(evaluate: bool, attribute: bool | None, argument: bool | None) -> bool:

@@ -131,7 +131,7 @@ class BatchNorm(_WithRunningAverages):
         )
         if update_stats and not initializing:
             mean.value, var.value = stats
-        return norms.batch_norm(pooled, _learned(self, channels), self.epsilon)
+        return norms.batch_norm(pooled, _learned(self, channels), self.epsilon, m.origin)
 
 
 class EstimatedBatchNorm(BatchNorm):

@@ -180,7 +180,8 @@ class BatchNorm(_WithRunningAverages):
         )
         if update_stats:
             self.mean[...], self.var[...] = stats
-        return norms.batch_norm(pooled, _learned(self, self.num_features), self.epsilon)
+        learned = _learned(self, self.num_features)
+        return norms.batch_norm(pooled, learned, self.epsilon, m.origin)
 
 
 class EstimatedBatchNorm(BatchNorm):

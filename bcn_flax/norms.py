@@ -16,6 +16,7 @@ from bcn_flax.affine import (
     Affine,
     Moments,
     apply,
+    centered,
     chain,
     moments,
     pool_batch,
@@ -40,7 +41,8 @@ def normalize(
     if mask is not None:
         # What hides behind a mask may be anything. Multiplied by a gradient of 0, NaN is still NaN.
         x = jnp.where(mask | jnp.isfinite(x), x, 0)
-    return apply(to_affine(moments(x, axis, mask)), x, axis, dtype)
+    m = moments(x, axis, mask)
+    return apply(to_affine(m), centered(x, m.origin, axis), axis, dtype)
 
 
 def moving_average(
@@ -69,14 +71,15 @@ def moving_average(
         case "unbiased":
             var = unbiased(batch)
         case "around_running_mean":
-            var = batch.var + jnp.square(batch.mean - running.mean)
-    counts = (jnp.asarray(batch.size) > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(var)
+            var = batch.var + jnp.square((batch.origin - running.mean) + batch.mean)
+    mean = batch.mean_from_zero
+    counts = (jnp.asarray(batch.size) > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
 
     def average(old: Array, new: Array) -> Array:
         mixed = momentum * widen(old) + (1 - momentum) * lax.stop_gradient(new)
         return mixed.astype(old.dtype)
 
-    averaged = Moments(average(running.mean, batch.mean), average(running.var, var))
+    averaged = Moments(average(running.mean, mean), average(running.var, var))
     # The type that the estimates are stored in may overflow where the batch's moments did not.
     usable = counts & jnp.isfinite(averaged.mean) & jnp.isfinite(averaged.var)
     return Moments(
@@ -117,15 +120,18 @@ def batch_norm_moments(
     return (after if estimate else batch), after
 
 
-def batch_norm(pooled: Moments, learned: Affine, epsilon: float) -> Affine:
+def batch_norm(
+    pooled: Moments, learned: Affine, epsilon: float, origin: Array | float = 0.0
+) -> Affine:
     """`scale * (x - mean) / sqrt(var + epsilon) + bias`, one scale and bias for each channel.
 
     Args:
         pooled: of the batch or running, `(1, c)`.
         learned: scale and bias, `(1, c)`.
         epsilon: keeps the square root away from 0.
+        origin: from which the values to be mapped are measured.
     """
-    return chain(standardize(pooled, epsilon), learned)
+    return chain(standardize(pooled, epsilon, origin), learned)
 
 
 def channel_norm(m: Moments, learned: Affine, epsilon: float) -> Affine:
@@ -137,4 +143,5 @@ def channel_norm(m: Moments, learned: Affine, epsilon: float) -> Affine:
         epsilon: keeps the square root away from 0.
     """
     groups, channels = learned.scale.shape[1], m.mean.shape[1]
-    return spread(chain(standardize(pool_groups(m, groups), epsilon), learned), channels)
+    pooled = spread(pool_groups(m, groups), channels)
+    return chain(standardize(pooled, epsilon, m.origin), spread(learned, channels))

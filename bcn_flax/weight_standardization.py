@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from bcn_flax import checks
-from bcn_flax.affine import Affine, Moments, apply, moments, widen
+from bcn_flax.affine import Affine, Moments, apply, centered, moments, widen
 from bcn_flax.norms import unbiased
 
 EpsilonRole = Literal["added_to_variance", "added_to_deviation", "least_variance"]
@@ -89,6 +89,7 @@ def standardize_kernel(
     scale = _inverse_divisor(m, standardization)
     if gain is not None:
         scale = scale * widen(gain)[None]
+    sample = centered(sample, m.origin, axis)
     standardized = apply(Affine(scale, -m.mean * scale), sample, axis, kernel.dtype)[0]
     return standardized if mask is None else jnp.where(mask, standardized, 0)
 

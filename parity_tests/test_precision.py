@@ -37,35 +37,38 @@ def test_moments_are_within_the_bound(shape, kind):
         x = data(shape, ratio, kind)
         m, exact = measure(jnp.asarray(x)), x.astype(np.float64)
         space = tuple(range(1, x.ndim - 1))
-        for name in ("mean", "var"):
-            expected = getattr(exact, name)(space)
-            actual = getattr(m, name)
-            assert_close(actual, expected, ulps=BOUND, dtype=np.float32, scale=1 + ratio, name=name)
+        assert_close(
+            m.mean_from_zero, exact.mean(space), ulps=BOUND, dtype=np.float32, scale=1 + ratio
+        )
+        # Measured from an origin nearby, the variance does not see how large the mean is.
+        assert_close(m.var, exact.var(space), ulps=BOUND, dtype=np.float32)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    ("layer", "exact"),
+    ("layer", "exact", "estimated"),
     [
-        (BatchNorm(use_running_average=False), lambda: oracle.BatchNorm(estimate=False)),
-        (ChannelNorm(4), lambda: oracle.ChannelNorm(4)),
+        (BatchNorm(use_running_average=False), lambda: oracle.BatchNorm(estimate=False), False),
+        (ChannelNorm(4), lambda: oracle.ChannelNorm(4), False),
         *(
             (
                 BatchChannelNorm(num_groups=4, use_running_average=False, estimate=estimate),
                 lambda estimate=estimate: oracle.BatchChannelNorm(4, estimate),
+                estimate,
             )
             for estimate in (True, False)
         ),
     ],
     ids=["batch_norm", "channel_norm", "estimated", "batch"],
 )
-def test_layers_are_within_the_bound(layer, exact, shape):
+def test_layers_are_within_the_bound(layer, exact, estimated, shape):
     forward = jax.jit(lambda x: layer.init_with_output(jax.random.key(0), x)[0])
     for ratio in RATIOS:
         x = data(shape, ratio)
         expected = exact().forward(x.astype(np.float64))
-        # Results beyond 4 standard deviations are rounded themselves in proportion.
-        scale = (1 + ratio) * max(1, np.abs(expected).max() / 4)
+        # Results beyond 4 standard deviations are rounded themselves in proportion. The running
+        # mean is rounded where it is stored; the batch's own is as precise as the deviations.
+        scale = max(1, np.abs(expected).max() / 4) * (1 + ratio if estimated else 1)
         assert_close(
             forward(x), expected, ulps=BOUND, dtype=np.float32, scale=scale, name=f"mean {ratio}"
         )

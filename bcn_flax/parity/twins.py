@@ -121,8 +121,9 @@ def twins(
     wide = any(arrays.dtype(x) == np.float64 for x in inputs)
     with jax.enable_x64(True) if wide else nullcontext():
         own = variables or flax_side.shapes_of(flax, inputs, call)
-        like = flax if isinstance(flax, nnx.Module) else own
-        match = interop.match(torch, like, **matching)
+        if wide and not owns:
+            flax, own = _in_float64(flax, own)
+        match = interop.match(torch, _like(flax, own), **matching)
         torch = copy.deepcopy(torch)
         if weights == "random":
             own = _random(own, rng)
@@ -136,13 +137,23 @@ def twins(
 def in_float64(them: Twins, **matching: Any) -> Twins:
     """The same twins in float64."""
     with jax.enable_x64(True):
-        flax, torch = them.flax, torch_side.in_float64(them.torch)
-        variables = flax_side.in_float64(them.variables)
-        if isinstance(flax, nnx.Module):
-            flax = trees.filled(nnx.clone(flax), trees.flax_leaves(variables))
-        like = flax if isinstance(flax, nnx.Module) else variables
-        match = interop.match(torch, like, **matching)
+        flax, variables = _in_float64(them.flax, them.variables)
+        torch = torch_side.in_float64(them.torch)
+        match = interop.match(torch, _like(flax, variables), **matching)
     return them._replace(flax=flax, torch=torch, variables=variables, match=match, wide=True)
+
+
+def _in_float64(flax: Module, variables: Mapping[str, Any]) -> tuple[Module, Mapping[str, Any]]:
+    """Flax's module and its variables or their shapes, in float64."""
+    variables = flax_side.in_float64(variables)
+    if isinstance(flax, nnx.Module):
+        flax = trees.filled(nnx.clone(flax), trees.flax_leaves(variables))
+    return flax, variables
+
+
+def _like(flax: Module, variables: Mapping[str, Any]) -> Any:
+    """What tells most of Flax's layers."""
+    return flax if isinstance(flax, nnx.Module) else variables
 
 
 def _random(variables: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def absorb(average: Average, m: Moments, running_variance: RunningVariance) -> A
     total = average.weight + size
     rate = size / jnp.maximum(total, 1)
     mean, var = (jnp.where(average.weight > 0, widen(old), 0) for old in average[:2])
-    change = batch.mean[0] - mean
+    change = batch.mean_from_zero[0] - mean
     new = (norms.unbiased(batch) if running_variance == "unbiased" else batch.var)[0]
     var = (1 - rate) * var + rate * new
     if running_variance == "around_running_mean":

@@ -1,0 +1,292 @@
+"""The table of cases in which Flax, PyTorch and the oracle must show the same numbers.
+
+A case is a layer with its options, the data that it is given, and how: read the table as it stands
+at the end. PyTorch is imported only by what needs it, so that the Flax side can be verified against
+the oracle where there is none.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+import bcn_flax.nnx
+from bcn_flax.parity import AXES, CHANNELS, Comparison, Tolerance, assert_parity
+from parity_tests import oracle
+from parity_tests.judge import Adam, Judge, Sgd
+
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, what it is given, and how.
+
+    Attributes:
+        layer: its name, the same on both sides.
+        options: its arguments, in Flax's words.
+        shape: of the input, channels last.
+        data: which of `DATA`.
+        dtype: of the input; the parameters are in float32 or wider.
+        api: of Flax.
+        masked: how many samples at the end of the batch are hidden behind a mask.
+        optimizer: on all sides.
+        steps: of training.
+        eager: whether to run Flax eagerly too.
+        tolerances: other than the usual.
+    """
+
+    layer: str
+    options: Options = field(default_factory=dict)
+    shape: tuple[int, ...] = (3, 5, 7, 8)
+    data: str = "normal"
+    dtype: str = "float32"
+    api: str = "linen"
+    masked: int = 0
+    optimizer: Sgd | Adam = Sgd()  # noqa: RUF009, a named tuple does not change
+    steps: int = 3
+    eager: bool = False
+    tolerances: tuple[Tolerance, ...] = ()
+
+    def __str__(self) -> str:
+        """What is out of the ordinary."""
+        plain = Case(self.layer, api=self.api, dtype=self.dtype, tolerances=self.tolerances)
+        special = {k: v for k, v in vars(self).items() if v != getattr(plain, k)}
+        special = {**special.pop("options", {}), **special}
+        if "optimizer" in special:
+            special["optimizer"] = type(self.optimizer).__name__
+        return " ".join([self.layer, self.api, self.dtype, *map(_written, special.items())])
+
+    def check(self) -> Comparison:
+        """Fail if the sides do not show the same."""
+        rng = np.random.default_rng(0)
+        first, *rest = (self.inputs(rng) for _ in range(self.steps))
+        return assert_parity(
+            self.flax(),
+            self.torch(),
+            first,
+            weights="random",
+            steps=[first, *rest],
+            optimizer=self.optimizer.pair(),
+            oracle=self.judge,
+            eager=self.eager,
+            # A layer for half precision computes in float32, and rounds what it returns.
+            precision=np.float32 if self.half else None,
+            axes={**AXES, 3: CHANNELS},
+            tolerances=self.tolerances,
+        )
+
+    @property
+    def half(self) -> bool:
+        """Whether input and output are in half precision."""
+        return self.dtype in ("bfloat16", "float16")
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether samples are hidden, or PyTorch's memory lies in a strange order."""
+        return self.masked > 0 or self.data == "strided"
+
+    @property
+    def kept(self) -> int:
+        """How many samples count."""
+        return self.shape[0] - self.masked
+
+    @property
+    def param_dtype(self) -> str:
+        """Of the parameters."""
+        return "float32" if self.half else self.dtype
+
+    def inputs(self, rng: np.random.Generator) -> np.ndarray:
+        """An input, the same for all sides."""
+        dtype = jnp.dtype(self.dtype)
+        x = DATA[self.data](rng.standard_normal(self.shape), dtype).astype(dtype)
+        x[self.kept :] = np.nan  # what hides behind a mask may be anything
+        return x
+
+    def flax(self) -> nn.Module | nnx.Module:
+        """The layer of linen or NNX."""
+        shared = {**self.options, "param_dtype": self.param_dtype}
+        shared |= {"dtype": self.dtype} if self.half else {}
+        if self.api == "nnx":
+            sizes = [self.shape[-1], *([shared.pop("features")] if "features" in shared else [])]
+            with jax.enable_x64(self.dtype == "float64"):
+                return getattr(bcn_flax.nnx, self.layer)(*sizes, **shared, rngs=nnx.Rngs(0))
+        layer = getattr(bcn_flax, self.layer)(**shared)
+        return Kept(layer, self.kept, self.layer != "ChannelNorm") if self.wrapped else layer
+
+    def torch(self) -> Any:
+        """The layer of PyTorch."""
+        import torch
+
+        from parity_tests.torch_layers import Kept, layer
+
+        made = layer(self.layer, self.shape, self.options)
+        made = Kept(made, self.kept) if self.wrapped else made
+        return made.to(getattr(torch, self.param_dtype))
+
+    def judge(self, variables: Mapping[str, Any]) -> Judge:
+        """The layer of the oracle, in training."""
+        layer = ORACLES[self.layer](**self.options)
+        return Judge(layer, variables, self.optimizer, self.kept)
+
+
+class Kept(nn.Module):
+    """A layer that is shown the first samples only; the others are behind a mask."""
+
+    layer: nn.Module
+    kept: int
+    has_modes: bool
+
+    def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
+        """Normalize, and return what is not hidden."""
+        mask = (jnp.arange(len(x)) < self.kept).reshape(-1, *(1,) * (x.ndim - 1))
+        mode = {"use_running_average": use_running_average} if self.has_modes else {}
+        return self.layer(x, **mode, mask=mask)[: self.kept]
+
+
+def _written(option: tuple[str, Any]) -> str:
+    name, value = option
+    return f"{name}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+def _one_nan(x: np.ndarray) -> np.ndarray:
+    x = x.copy()
+    x[(0,) * (x.ndim - 1)][1] = np.nan
+    return x
+
+
+def _constant(x: np.ndarray) -> np.ndarray:
+    """A channel and a sample of one value."""
+    x = x + 1
+    x[..., 0] = 1
+    x[0] = 1
+    return x
+
+
+# Of an array of standard normal numbers, and the dtype that it is to have.
+DATA: Mapping[str, Callable[[np.ndarray, Any], np.ndarray]] = {
+    "normal": lambda x, dtype: x + 1,
+    "strided": lambda x, dtype: x + 1,
+    "mean 1e4": lambda x, dtype: x + 1e4,
+    "constant": lambda x, dtype: _constant(x),
+    "denormal": lambda x, dtype: x * (float(jnp.finfo(dtype).smallest_normal) / 100),
+    "1e15": lambda x, dtype: x * 1e15,
+    "1e30": lambda x, dtype: x * 1e30,
+    "one NaN": lambda x, dtype: _one_nan(x),
+}
+
+
+def _batch_norm(
+    *, estimate: bool, momentum: float = 0.9, epsilon: float = 1e-5, **rest: Any
+) -> Any:
+    return oracle.BatchNorm(estimate, momentum, epsilon, **rest)
+
+
+def _batch_channel_norm(
+    *, num_groups: int, estimate: bool = True, epsilon: float = 1e-5, **rest: Any
+) -> Any:
+    return oracle.BatchChannelNorm(num_groups, estimate, eps=epsilon, **rest)
+
+
+def _conv(*, kernel_size: tuple[int, ...], padding: int, strides: Any = 1, **_: Any) -> Any:
+    return oracle.WSConv(strides=strides, padding=((padding, padding),) * len(kernel_size))
+
+
+ORACLES: Mapping[str, Callable[..., Any]] = {
+    "BatchNorm": partial(_batch_norm, estimate=False),
+    "EstimatedBatchNorm": partial(_batch_norm, estimate=True),
+    "ChannelNorm": lambda num_groups, epsilon=1e-5: oracle.ChannelNorm(num_groups, epsilon),
+    "BatchChannelNorm": _batch_channel_norm,
+    "WSConv": _conv,
+    "WSDense": lambda features: oracle.WSDense(),
+}
+
+BATCH_NORMS = ("BatchNorm", "EstimatedBatchNorm")
+NORMS = (
+    *(Case(name) for name in BATCH_NORMS),
+    Case("ChannelNorm", {"num_groups": 4}),
+    *(Case("BatchChannelNorm", {"num_groups": 4, "estimate": e}) for e in (True, False)),
+)
+BCN, BCN_BY_BATCH = NORMS[3:]
+CONV = Case("WSConv", {"features": 6, "kernel_size": (3, 3), "padding": 1}, (2, 5, 6, 3))
+DENSE = Case("WSDense", {"features": 6}, (5, 7))
+
+
+def with_options(case: Case, **options: Any) -> Case:
+    """The case with some options changed."""
+    return replace(case, options={**case.options, **options})
+
+
+def both_estimates(**changes: Any) -> list[Case]:
+    """Batch-channel norm by the estimates and by the batch."""
+    return [replace(case, **changes) for case in (BCN, BCN_BY_BATCH)]
+
+
+SHAPES = ((6, 16), (3, 5, 8), (2, 3, 4, 5, 8), (1, 4, 4, 8), (5, 1, 1, 16))
+
+OF_TWO_VALUES = Tolerance(
+    "input gradient",
+    100,
+    "two values standardized are -1 and 1 wherever they were, so that their gradient is what is "
+    "left of terms 100 times its size",
+)
+
+WITHOUT_DENORMALS = Tolerance(
+    "gradient batch_norm/scale",
+    1e4,
+    "XLA takes denormal numbers for 0, and with them what they add to the gradient of a scale",
+)
+
+# Which options do what shows best in float64, where nothing hides behind a rounding.
+FORMULAS = (
+    *(with_options(case, num_groups=g) for case in both_estimates() for g in (1, 2, 8)),
+    *(case for shape in SHAPES for case in both_estimates(shape=shape)),
+    *(with_options(BCN, momentum=m) for m in (0.0, 0.5, 0.99)),
+    with_options(BCN, epsilon=1e-3),
+    with_options(BCN, epsilon=1e-3, batch_epsilon=1e-2),
+    *(
+        with_options(case, running_variance=variance)
+        for case in (NORMS[0], BCN)
+        for variance in ("unbiased", "around_running_mean")
+    ),
+    replace(with_options(BCN, num_groups=3), shape=(2, 9, 9, 24)),
+    *(replace(case, api="nnx") for case in (*NORMS, CONV, DENSE)),
+    with_options(CONV, strides=2),
+    with_options(CONV, strides=(2, 1), padding=0, kernel_size=(2, 3)),
+    replace(with_options(CONV, kernel_size=(3,)), shape=(2, 7, 3)),
+    replace(with_options(CONV, kernel_size=(2, 2, 2), padding=0), shape=(2, 3, 4, 3, 2)),
+    *both_estimates(data="1e30"),
+)
+
+# Data that bring out the worst of the arithmetic, and all layers as they are used.
+ARITHMETIC = (
+    *(replace(case, eager=True) for case in (*NORMS, CONV, DENSE)),
+    *(replace(case, data="mean 1e4") for case in NORMS),
+    *(replace(case, data="constant") for case in NORMS),
+    *(replace(case, data="one NaN", steps=2) for case in NORMS),
+    *(replace(case, shape=(5, 3, 3, 8), masked=2) for case in NORMS),
+    *both_estimates(data="strided"),
+    *both_estimates(data="1e15"),
+    *both_estimates(optimizer=Adam()),
+    replace(BCN, steps=20),
+    replace(BCN_BY_BATCH, shape=(1, 1, 2, 16), tolerances=(OF_TWO_VALUES,)),
+)
+
+HALF = tuple(
+    replace(case, shape=(2, 6, 6, 16), dtype=dtype)
+    for case in (NORMS[0], NORMS[2], BCN)
+    for dtype in ("bfloat16", "float16")
+)
+
+CASES = (
+    *(replace(case, dtype="float64") for case in (*FORMULAS, *ARITHMETIC)),
+    *(replace(case, dtype="float32") for case in ARITHMETIC),
+    *both_estimates(dtype="float32", data="denormal", tolerances=(WITHOUT_DENORMALS,)),
+    *HALF,
+)
