@@ -7,6 +7,7 @@ the batch's, the running estimates after their update, the running estimates as 
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
@@ -42,7 +43,13 @@ def normalize(
         # What hides behind a mask may be anything. Multiplied by a gradient of 0, NaN is still NaN.
         x = jnp.where(mask | jnp.isfinite(x), x, 0)
     m = moments(x, axis, mask)
-    return apply(to_affine(m), centered(x, m.origin, axis), axis, dtype)
+
+    # Checkpointed, it keeps `x` for the backward pass and not `x - origin` beside it.
+    @jax.checkpoint
+    def write(f: Affine, x: Array, origin: Array) -> Array:
+        return apply(f, centered(x, origin, axis), axis, dtype)
+
+    return write(to_affine(m), x, m.origin)
 
 
 def moving_average(

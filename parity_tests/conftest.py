@@ -9,14 +9,15 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+from parity_tests.environment import prepare
+
 # The tests run in several processes, whose threads would stand in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The shapes in the annotations are checked at every call.
 install_import_hook(["bcn_flax.affine", "bcn_flax.norms"], "beartype.beartype")
 
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
+prepare()
 
 # Compilation makes the first example slow, so hypothesis must not count the time.
 settings.register_profile("default", deadline=None, max_examples=20, print_blob=True)

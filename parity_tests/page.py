@@ -447,9 +447,9 @@ def cases_section(cases: Sequence[dict]) -> Html:
     head += [tag("th", name, scope="col", class_="used") for name in QUANTITIES]
     head.append(tag("th", "farther off", scope="col"))
     caption = (
-        "Errors of Flax against PyTorch in ulps, each the worst of its quantity over all steps; "
-        "the bar below is its share of what is allowed. Farther off is the side with the larger "
-        "error against the oracle. Each row opens to show the details."
+        "Errors against the oracle in ulps, of Flax or PyTorch, whichever is larger, each the "
+        "worst of its quantity over all steps; the bar below is its share of what is allowed. "
+        "Farther off is the side with the larger error. Each row opens to show the details."
     )
     return section(
         "cases",
@@ -534,7 +534,7 @@ def who_is_farther(case: dict) -> str:
 
 def details(case: dict) -> Html:
     """All numbers of a case."""
-    columns = ("", "ulps apart", "allowed", "Flax to oracle", "PyTorch to oracle")
+    columns = ("", "ulps", "allowed", "Flax", "PyTorch")
     columns += ("absolute", "relative", "worst at")
     rows = [
         row(

@@ -1,8 +1,12 @@
 """Flax, PyTorch and the oracle show the same numbers, in everything and after every step."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from parity_tests.cases import CASES
+from bcn_flax.parity import adam, sgd
+from parity_tests.cases import CASES, NORMS
 from parity_tests.networks import NETWORKS, PUBLISHED, vgg
 
 pytestmark = pytest.mark.torch
@@ -10,9 +14,30 @@ pytestmark = pytest.mark.torch
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layers_agree(case):
-    case.check()
+    comparison = case.check()
+    if case.dtype == "float64" and not case.ill_conditioned:
+        errors = {row.error.absolute.error / (row.error.scale or 1) for row in comparison.rows}
+        assert max(errors) < 1e-12
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks_agree(network):
     NETWORKS[network]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", [adam(2.5e-4), sgd(0.01)], ids=["adam", "sgd"])
+def test_the_published_network_agrees(optimizer):
+    vgg(PUBLISHED, 32, groups=32, optimizer=optimizer)
+
+
+@pytest.mark.slow  # so that the compiler optimizes as it does for users
+@pytest.mark.parametrize(("data", "times"), [("normal", 1), ("mean 1e4", 0.1)])
+def test_flax_is_no_farther_from_the_truth_than_pytorch(data, times):
+    """In float32, by the geometric mean over all numbers of all norms."""
+    ratios = []
+    for case in NORMS:
+        rows = replace(case, data=data, shape=(4, 16, 16, 16)).check().rows
+        errors = [row.from_truth for row in rows if row.from_truth]
+        ratios += [e.flax / e.torch for e in errors if e.flax > 0 and e.torch > 0]
+    assert np.exp(np.mean(np.log(ratios))) < times
