@@ -19,6 +19,7 @@ from flax import nnx
 import bcn_flax.nnx
 from bcn_flax.parity import AXES, CHANNELS, Comparison, Tolerance, assert_parity
 from bcn_flax.parity.comparison import Oracle
+from bcn_flax.variants import WS
 from parity_tests import oracle as exact
 from parity_tests.judge import Adam, Judge, Sgd
 
@@ -77,7 +78,8 @@ class Case:
             weights="random",
             steps=[first, *rest],
             optimizer=self.optimizer.pair(),
-            oracle=oracle or self.judge,
+            # The oracle has the default standardization: of others, PyTorch is the judge.
+            oracle=None if "standardization" in self.options else oracle or self.judge,
             eager=self.eager,
             # A layer for half precision computes in float32, and rounds what it returns.
             precision=np.float32 if self.half else None,
@@ -115,6 +117,8 @@ class Case:
     def flax(self) -> nn.Module | nnx.Module:
         """The layer of linen or NNX."""
         shared = {**self.options, "param_dtype": self.param_dtype}
+        if "standardization" in shared:
+            shared["standardization"] = STANDARDIZATIONS[shared["standardization"]]
         shared |= {"dtype": self.dtype} if self.half else {}
         if self.api == "nnx":
             sizes = [self.shape[-1], *([shared.pop("features")] if "features" in shared else [])]
@@ -137,6 +141,9 @@ class Case:
         """The layer of the oracle, in training."""
         layer = ORACLES[self.layer](**self.options)
         return Judge(layer, variables, self.optimizer, self.kept)
+
+
+STANDARDIZATIONS = {**WS, "nfnet with gamma": WS["nfnet"]._replace(gamma=1.7)}
 
 
 class Kept(nn.Module):
@@ -273,6 +280,15 @@ FORMULAS = (
     replace(with_options(CONV, kernel_size=(3,)), shape=(2, 7, 3)),
     replace(with_options(CONV, kernel_size=(2, 2, 2), padding=0), shape=(2, 3, 4, 3, 2)),
     *both_estimates(data="1e30"),
+    *(
+        with_options(layer, standardization=name)
+        for layer, names in (
+            (CONV, ("timm_scaled", "nfnet", "nfnet with gamma")),
+            (DENSE, ("authors_pytorch", "bit")),
+            (replace(CONV, api="nnx"), ("nfnet",)),
+        )
+        for name in names
+    ),
 )
 
 # Data that bring out the worst of the arithmetic, and all layers as they are used.

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 import bcn_torch
+from parity_tests.cases import STANDARDIZATIONS
 
 _WORDS = {
     "num_groups": "groups",
@@ -25,6 +26,9 @@ def layer(name: str, shape: tuple[int, ...], options: Mapping[str, Any]) -> torc
         options: Flax's.
     """
     options = {_WORDS.get(key, key): value for key, value in options.items()}
+    if "standardization" in options:
+        standardization = STANDARDIZATIONS[options["standardization"]]
+        options["standardization"] = bcn_torch.Standardization(*standardization)
     if "momentum" in options:
         options["momentum"] = 1 - options["momentum"]
     first = [shape[-1]]
