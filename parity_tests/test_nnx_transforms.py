@@ -1,7 +1,10 @@
-"""Every NNX transform gives what plain eager execution of the whole batch gives."""
+"""Every NNX transform gives what `nnx.jit` gives of the whole batch.
+
+Which is what eager execution gives: that, and the transforms of JAX, are in `parity_tests.laws`.
+"""
 
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +65,11 @@ def build(make, **kwargs):
     return layer
 
 
-def forward(layer, x, **kwargs):
-    return layer(x, **kwargs)
+def forward(layer, x):
+    return layer(x)
+
+
+compiled = nnx.jit(forward)
 
 
 def statistics(layer):
@@ -82,6 +88,11 @@ def observe(forward, layer, x, dy):
     return y, in_parameters, gradients[1], statistics(layer)
 
 
+@cache
+def observe_whole(make):
+    return observe(compiled, build(make), *batch())
+
+
 def assert_same(actual, expected):
     jax.tree.map(
         lambda a, e: assert_close(a, e, ulps=ULPS, dtype=np.float64, scale=1 + np.abs(e).max()),
@@ -94,19 +105,14 @@ def mesh():
     return Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
 
 
-def over_devices(forward, **options):
-    """Each device gets its part of all arguments but the first, the layer."""
-
-    def call(layer, *args):
-        specs = (P(), *(P("data") for _ in args))
-        run = nnx.shard_map(forward, mesh=mesh(), in_specs=specs, out_specs=P("data"), **options)
-        return nnx.jit(run)(layer, *args)
-
-    return call
+def over_devices(layer, x):
+    specs = (P(), P("data"))
+    run = nnx.shard_map(forward, mesh=mesh(), in_specs=specs, out_specs=P("data"))
+    return nnx.jit(run)(layer, x)
 
 
 def sharded_jit(layer, x):
-    return nnx.jit(forward)(layer, jax.device_put(x, NamedSharding(mesh(), P("data"))))
+    return compiled(layer, jax.device_put(x, NamedSharding(mesh(), P("data"))))
 
 
 def in_parts(x):
@@ -114,32 +120,16 @@ def in_parts(x):
 
 
 def vmapped(layer, x):
-    run = nnx.vmap(forward, in_axes=(None, 0), axis_name="data")
+    run = nnx.jit(nnx.vmap(forward, in_axes=(None, 0), axis_name="data"))
     return run(layer, in_parts(x)).reshape(x.shape)
 
 
-def split_and_merged(layer, x):
-    """Under plain `jax.jit`, with the state handed in and out."""
-    graphdef, state = nnx.split(layer)
-
-    @jax.jit
-    def run(state, x):
-        layer = nnx.merge(graphdef, state)
-        y = layer(x)
-        return y, nnx.state(layer)
-
-    y, state = run(state, x)
-    nnx.update(layer, state)
-    return y
-
-
 WAYS = {
-    "jit": (nnx.jit(forward), {}),
-    "remat": (nnx.remat(forward), {}),
+    "jit": (compiled, {}),
+    "remat": (nnx.jit(nnx.remat(forward)), {}),
     "jit of a sharded batch": (sharded_jit, {}),
-    "shard_map": (over_devices(forward), {"axis_name": "data"}),
+    "shard_map": (over_devices, {"axis_name": "data"}),
     "vmap": (vmapped, {"axis_name": "data"}),
-    "split and merge": (split_and_merged, {}),
 }
 
 
@@ -147,12 +137,11 @@ WAYS = {
 @pytest.mark.parametrize(("way", "options"), WAYS.values(), ids=WAYS)
 @every_layer
 def test_output_gradients_and_statistics_are_the_same(make, way, options, mode):
-    x, dy = batch()
-    expected = observe(forward, build(make), x, dy)
+    expected = observe_whole(make)
     moved = jax.tree.map(lambda a, b: (a != b).all(), expected[-1], statistics(build(make)))
     assert jax.tree.all(moved), "the test proves nothing"
     with nnx_mode(**mode):
-        assert_same(observe(way, build(make, **options), x, dy), expected)
+        assert_same(observe(way, build(make, **options), *batch()), expected)
 
 
 @every_mode
@@ -163,9 +152,10 @@ def test_copies_of_a_layer_stay_equal_to_the_last_bit_under_vmap(mode):
         layers = nnx.vmap(
             lambda _: build(LAYERS["bcn_batch"], axis_name="data"), axis_size=DEVICES
         )(None)
-        y = nnx.vmap(forward, axis_name="data")(layers, in_parts(x)).reshape(x.shape)
+        run = nnx.jit(nnx.vmap(forward, axis_name="data"))
+        y = run(layers, in_parts(x)).reshape(x.shape)
     expected = build(LAYERS["bcn_batch"])
-    assert_same(y, expected(x))
+    assert_same(y, compiled(expected, x))
     for each in jax.tree.leaves(statistics(layers)):
         np.testing.assert_array_equal(each, each[:1].repeat(DEVICES, 0))
     assert_same(jax.tree.map(lambda s: s[0], statistics(layers)), statistics(expected))
@@ -176,11 +166,12 @@ def test_state_axes_share_the_parameters_and_keep_the_statistics_apart():
     x, _ = batch()
     layer = build(LAYERS["bcn_batch"])
     apart = [build(LAYERS["bcn_batch"]) for _ in range(DEVICES)]
-    expected = jnp.stack([each(part) for each, part in zip(apart, in_parts(x), strict=True)])
+    expected = jnp.stack([compiled(*each) for each in zip(apart, in_parts(x), strict=True)])
     stacked = jax.tree.map(lambda s: jnp.stack([s] * DEVICES), statistics(layer))
     nnx.update(layer, stacked)
     axes = nnx.StateAxes({nnx.Param: None, nnx.BatchStat: 0})
-    assert_same(nnx.vmap(forward, in_axes=(axes, 0))(layer, in_parts(x)), expected)
+    run = nnx.jit(nnx.vmap(forward, in_axes=(axes, 0)))
+    assert_same(run(layer, in_parts(x)), expected)
     together = jax.tree.map(lambda *s: jnp.stack(s), *map(statistics, apart))
     assert_same(statistics(layer), together)
 
@@ -210,7 +201,7 @@ def test_scan_over_layers_keeps_the_statistics_of_each(mode, axes):
         run = nnx.scan(lambda x, layer: layer(x) + 1, in_axes=(nnx.Carry, axes), out_axes=nnx.Carry)
         y = run(x, layers)
     for layer in each:
-        x = layer(x) + 1
+        x = compiled(layer, x) + 1
     assert_same(y, x)
     assert_same(statistics(layers), jax.tree.map(lambda *s: jnp.stack(s), *map(statistics, each)))
     scales = layers.channel_norm.scale[...]
@@ -226,29 +217,5 @@ def test_a_layer_can_be_carried_through_a_scan_over_batches(mode):
         )
         after, y = run(build(LAYERS["bcn"]), in_parts(x))
     expected = build(LAYERS["bcn"])
-    assert_same(y, jnp.stack([expected(part) for part in in_parts(x)]))
+    assert_same(y, jnp.stack([compiled(expected, part) for part in in_parts(x)]))
     assert_same(statistics(after), statistics(expected))
-
-
-@every_mode
-@every_layer
-def test_unequal_masks_over_devices_are_exact(make, mode):
-    """The pooled moments weigh each device by what counts there, not each device the same."""
-    x, _ = batch()
-    mask = jnp.asarray(np.arange(8) < 5).reshape(8, 1, 1, 1)  # 2, 2, 1 and 0 samples count
-    layer, expected = build(make, axis_name="data"), build(make)
-    with nnx_mode(**mode):
-        y = over_devices(lambda layer, x, mask: layer(x, mask=mask))(layer, x, mask)
-    kept = expected(x[:5], mask=jnp.ones((5, 1, 1, 1), bool))
-    assert_same((y[:5], statistics(layer)), (kept, statistics(expected)))
-
-
-@every_mode
-def test_axis_index_groups_pool_among_themselves(mode):
-    x, _ = batch()
-    layer = build(LAYERS["bcn_batch"], axis_name="data", axis_index_groups=[[0, 1], [2, 3]])
-    with nnx_mode(**mode):
-        # Groups give results that are neither one for all nor one for each.
-        y = over_devices(forward, check_vma=False)(layer, x)
-    halves = [build(LAYERS["bcn_batch"])(half) for half in (x[:4], x[4:])]
-    assert_same(y, jnp.concatenate(halves))
