@@ -13,8 +13,9 @@ from flax import nnx
 
 import bcn_flax
 from bcn_flax import interop
+from bcn_flax.parity.tolerances import roundings
 from parity_tests import layout
-from parity_tests.tolerances import assert_close, roundings
+from parity_tests.tolerances import assert_close
 
 pytestmark = pytest.mark.torch
 

@@ -7,8 +7,9 @@ import pytest
 from flax import linen as nn
 
 from bcn_flax import WSConv, WSConvTranspose, WSDense, standardize_kernel
+from bcn_flax.parity.errors import eps
 from parity_tests import oracle
-from parity_tests.tolerances import assert_close, eps
+from parity_tests.tolerances import assert_close
 
 KERNELS = [(16, 5), (3, 8, 5), (3, 3, 8, 5), (2, 3, 2, 4, 5), (2, 5)]
 

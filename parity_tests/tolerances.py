@@ -1,12 +1,8 @@
-"""How numbers are compared, and how far the three sides of the parity tests may be apart."""
+"""How numbers are compared where a test has its own reason for how far they may be apart."""
 
-import ml_dtypes
 import numpy as np
 
-
-def eps(dtype) -> float:
-    """The spacing of numbers at 1, of any floating dtype of NumPy or JAX."""
-    return float(ml_dtypes.finfo(dtype).eps)
+from bcn_flax.parity.errors import eps
 
 
 def assert_close(
@@ -37,12 +33,3 @@ def assert_close(
         f"{name}: {error.max():.1f} ulps apart at {tuple(map(int, worst))}, {ulps:.1f} allowed: "
         f"{actual[worst]!r} against {expected[worst]!r}"
     )
-
-
-def roundings(values: int, steps: int = 1) -> float:
-    """How many roundings to allow where `values` numbers were summed, and `steps` steps taken.
-
-    Roundings of a sum walk at random, so they grow with the root of the number of its terms; each
-    step of training adds its own to those it inherits. 8 for the handful of operations around.
-    """
-    return 8 * np.sqrt(values) * steps
