@@ -19,8 +19,10 @@ install_import_hook(["bcn_flax.affine", "bcn_flax.norms"], "beartype.beartype")
 
 prepare()
 
-# Compilation makes the first example slow, so hypothesis must not count the time.
-settings.register_profile("default", deadline=None, max_examples=20, print_blob=True)
+# Compilation makes the first example slow, so hypothesis must not count the time. The examples are
+# the same in every run; `--hypothesis-profile explore` draws new ones, and prints what fails.
+settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=200, print_blob=True)
 settings.load_profile("default")
 
 

@@ -39,7 +39,7 @@ def test_laws_hold_for_all_numbers(name, seed):
 
 
 # Each combination is compiled anew.
-SHAPES = [((5, 6), 2), ((4, 3, 6), 3), ((2, 3, 2, 4), 4), ((1, 3, 2, 4), 1)]  # and groups
+SHAPES = [((5, 6), 2), ((4, 3, 6), 3), ((2, 3, 2, 4), 2), ((1, 3, 2, 4), 1)]  # and groups
 MODES = {
     "by the batch": {"estimate": False, "use_running_average": False},
     "by estimates": {"estimate": True, "use_running_average": False},
