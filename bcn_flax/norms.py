@@ -80,15 +80,15 @@ def moving_average(
         case "around_running_mean":
             var = batch.var + jnp.square((batch.origin - running.mean) + batch.mean)
     mean = batch.mean_from_zero
-    counts = (jnp.asarray(batch.size) > 0) & jnp.isfinite(mean) & jnp.isfinite(var)
 
     def average(old: Array, new: Array) -> Array:
         mixed = momentum * widen(old) + (1 - momentum) * lax.stop_gradient(new)
         return mixed.astype(old.dtype)
 
     averaged = Moments(average(running.mean, mean), average(running.var, var))
-    # The type that the estimates are stored in may overflow where the batch's moments did not.
-    usable = counts & jnp.isfinite(averaged.mean) & jnp.isfinite(averaged.var)
+    # Judged as they would be stored: that type may overflow where the batch's moments did not.
+    finite = jnp.isfinite(averaged.mean) & jnp.isfinite(averaged.var)
+    usable = finite & (jnp.asarray(batch.size) > 0)
     return Moments(
         jnp.where(usable, averaged.mean, running.mean), jnp.where(usable, averaged.var, running.var)
     )

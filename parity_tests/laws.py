@@ -381,6 +381,12 @@ def change(tree, **functions):
 # --- What counts ----------------------------------------------------------------------------------
 
 
+def constants_far_from_0_leave_all_finite(case):
+    """Where rounding could make a variance negative, by more than epsilon."""
+    far = 1e25 * np.random.default_rng(0).uniform(1, 10, C)
+    assert_finite(observe(case._replace(x=np.broadcast_to(far, SHAPE))))
+
+
 def a_mask_that_hides_nothing_changes_nothing(case):
     assert_same(observe(case._replace(mask=np.ones(SHAPE, bool))), observe(case))
 
@@ -618,6 +624,13 @@ def constant_weights_leave_the_bias(case):
     assert_finite(seen)
 
 
+def constant_weights_leave_all_finite(case):
+    """Where epsilon is added to the deviation, whose derivative at 0 is infinite, too."""
+    how = Standardization(epsilon_role="added_to_deviation")
+    case = case.of(case.layer.made_with(standardization=how))
+    assert_finite(observe(with_kernel(case, np.ones_like)))
+
+
 def scaling_the_weights_is_scaling_epsilon(case):
     """By a power of two not a bit of the output changes."""
     how = Standardization(epsilon=4**2 * Standardization().epsilon)
@@ -805,6 +818,7 @@ TABLE = {
     shifting_a_channel_shifts_its_mean_alone: WITH_ESTIMATES,
     shifting_a_sample_changes_nothing: CHANNEL_NORM,
     a_constant_comes_out_as_the_bias: only("BatchNorm", "ChannelNorm"),
+    constants_far_from_0_leave_all_finite: only("BatchNorm", "EstimatedBatchNorm"),
     a_mask_that_hides_nothing_changes_nothing: {**SOME, **CHANNEL_NORM},
     what_a_mask_hides_might_as_well_not_be_there: {**SOME, **CHANNEL_NORM},
     what_a_mask_hides_is_normalized_all_the_same: {**SOME, **CHANNEL_NORM},
@@ -830,6 +844,7 @@ TABLE = {
     weights_are_standardized_before_they_are_rounded: KERNELS,
     shifting_the_weights_of_an_output_changes_nothing: KERNELS,
     constant_weights_leave_the_bias: KERNELS,
+    constant_weights_leave_all_finite: only("WSDense"),
     scaling_the_weights_is_scaling_epsilon: KERNELS,
     gradients_of_the_weights_of_an_output_have_mean_0: KERNELS,
     a_call_changes_no_parameter: {**NORMS, **KERNELS},

@@ -64,6 +64,39 @@ def upsampler() -> None:
     assert_parity(Upsampler(), Torch().double(), images, flattened={"head": 4}, eager=False)
 
 
+class SquareUpsampler(nn.Module):
+    """A transposed convolution with as many inputs as outputs, whose layout no shape tells."""
+
+    transpose_kernel: bool
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.ConvTranspose(
+            3,
+            (3, 2),
+            strides=(2, 2),
+            padding="VALID",
+            transpose_kernel=self.transpose_kernel,
+            name="up",
+        )(x)
+
+
+def square_upsampler(transpose_kernel: bool) -> None:
+    """Fail unless the kernel is laid out as Flax's argument says."""
+    import torch
+
+    module = torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 3, (3, 2), stride=2))
+    images = np.random.default_rng(0).normal(size=(2, 3, 4, 3))
+    assert_parity(
+        SquareUpsampler(transpose_kernel),
+        module.double(),
+        images,
+        names={"0": "up"},
+        transposed={"0": transpose_kernel},
+        eager=False,
+    )
+
+
 # Adam only where no gradient is 0 but for rounding: that of a bias is, ahead of a batch norm by the
 # batch's own mean, and Adam would make a whole step of it.
 NETWORKS: Mapping[str, Callable[[], None]] = {
@@ -72,4 +105,6 @@ NETWORKS: Mapping[str, Callable[[], None]] = {
     "VGG bcn by the batch": lambda: vgg(estimate=False, optimizer=sgd(0.01)),
     "VGG bn without ws": lambda: vgg(norm="bn", ws=False, optimizer=sgd(0.01)),
     "upsampler": upsampler,
+    "square upsampler": lambda: square_upsampler(transpose_kernel=False),
+    "square upsampler, transposed": lambda: square_upsampler(transpose_kernel=True),
 }

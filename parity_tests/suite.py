@@ -8,5 +8,8 @@ from parity_tests.networks import NETWORKS
 
 
 def checks() -> dict[str, Callable[[], object]]:
-    """By name, functions that raise an error where something does not hold."""
-    return {**{str(case): case.check for case in CASES}, **NETWORKS, **LAWS}
+    """By name, functions that raise an error where something does not hold. Needs PyTorch."""
+    from parity_tests.torch_layers import HALF_PRECISION
+
+    cases = {str(case): case.check for case in CASES}
+    return {**cases, **NETWORKS, **HALF_PRECISION, **LAWS}

@@ -39,6 +39,27 @@ def layer(name: str, shape: tuple[int, ...], options: Mapping[str, Any]) -> torc
     return getattr(bcn_torch, {"WSDense": "WSLinear"}.get(name, name))(*first, **options)
 
 
+def estimates_stay_wide() -> None:
+    """Fail if a module in half precision rounds its running estimates."""
+    norm = bcn_torch.EstimatedBatchNorm(8)
+    norm.exp_mean += 1 / 3
+    before = norm.exp_mean.clone()
+    torch.testing.assert_close(norm.bfloat16().exp_mean, before, rtol=0, atol=0)
+
+
+def weights_are_standardized_wide() -> None:
+    """Fail if weights in half precision are rounded more than once."""
+    weight = torch.linspace(2, 4, 240).reshape(6, 40).bfloat16()
+    once = bcn_torch.standardize_weight(weight.float()).bfloat16()
+    torch.testing.assert_close(bcn_torch.standardize_weight(weight), once, rtol=0, atol=0)
+
+
+HALF_PRECISION = {
+    "PyTorch's estimates stay wide": estimates_stay_wide,
+    "PyTorch's weights are standardized wide": weights_are_standardized_wide,
+}
+
+
 class Kept(torch.nn.Module):
     """A layer that is given the first samples only, with the channels last in memory."""
 

@@ -1,0 +1,1377 @@
+"""Break the code on purpose, one defect at a time, to see whether the checks notice.
+
+That a suite of tests passes says little unless it would have failed. A `Mutant` is a small edit of
+one source file, such as a tired author makes: a momentum swapped, a gradient let through, a mask
+forgotten. `catch` imports both packages afresh with that edit, in memory, and runs the checks of
+`parity_tests.suite` until one of them fails. A mutant that none of them catches is a hole in the
+suite, or it is no defect: those are in `EQUIVALENT`, each with the reason.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from textwrap import shorten
+from types import CodeType
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"bcn_flax", "bcn_torch", "parity_tests"}
+
+AFFINE = "bcn_flax/affine.py"
+NORMS = "bcn_flax/norms.py"
+LAYER = "bcn_flax/layer.py"
+KERNELS = "bcn_flax/weight_standardization.py"
+LINEN = "bcn_flax/linen.py"
+NNX = "bcn_flax/nnx.py"
+LAYOUTS = "bcn_flax/interop/layouts.py"
+TORCH_NORMS = "bcn_torch/norms.py"
+TORCH_WEIGHTS = "bcn_torch/weight_standardization.py"
+TORCH_PRECISION = "bcn_torch/precision.py"
+
+Checks = Mapping[str, Callable[[], object]]
+
+
+class Mutant(NamedTuple):
+    """An edit of one source file.
+
+    Attributes:
+        name: of the defect, in a few words.
+        file: the source, from the root of the repository.
+        old: the text that goes; occurs exactly once, so that no edit can silently do nothing.
+        new: the text that comes.
+        why: what is wrong with it and who does it; of an equivalent one, why nothing is.
+        hint: part of the names of the checks to try first. It saves time and decides nothing: all
+            the others follow until one fails.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    why: str
+    hint: str = ""
+
+    @property
+    def module(self) -> str:
+        """The module's name."""
+        return self.file.removesuffix(".py").replace("/", ".")
+
+    @property
+    def side(self) -> str:
+        """Which side of the comparison it breaks."""
+        if "/interop/" in self.file:
+            return "interop"
+        return "PyTorch" if self.file.startswith("bcn_torch/") else "Flax"
+
+    def apply(self, source: str) -> str:
+        """The source with the edit.
+
+        Raises:
+            ValueError: the old text is not there, or not only once.
+        """
+        count = source.count(self.old)
+        if count != 1:
+            raise ValueError(
+                f"Mutant {self.name!r}: the text to replace must occur once in {self.file}, it "
+                f"occurs {count} times: bring the mutant up to date with the source.\n{self.old}"
+            )
+        return source.replace(self.old, self.new)
+
+
+class Caught(NamedTuple):
+    """Which check failed first, None if none did, and what it said."""
+
+    check: str | None
+    message: str
+    seconds: float
+
+
+def catch(mutant: Mutant | None, checks_of: Callable[[], Checks] | None = None) -> Caught:
+    """Run the checks against a mutant until one of them fails.
+
+    Args:
+        mutant: None is the control, which nothing should catch.
+        checks_of: gives the checks, called where imports find the mutant; by default those of
+            `parity_tests.suite`.
+    """
+    start = time.perf_counter()
+    check, message = None, ""
+    with imported_afresh(mutant):
+        checks = (checks_of or _suite)()
+        for name in sorted(checks, key=lambda name: mutant is None or mutant.hint not in name):
+            try:
+                checks[name]()
+            except Exception as error:
+                check, message = name, _in_short(error)
+                break
+        if mutant and mutant.module not in sys.modules:
+            raise ValueError(f"Mutant {mutant.name!r}: the checks never import {mutant.module}.")
+    return Caught(check, message, time.perf_counter() - start)
+
+
+@contextmanager
+def imported_afresh(mutant: Mutant | None) -> Iterator[None]:
+    """Import both packages and their tests anew, with the mutant; put the old ones back in the end.
+
+    Of the mutant nothing is written, neither source nor bytecode. What JAX and Flax remember, they
+    remember of functions and classes, and these are new as well. Other import hooks are passed by:
+    the annotations that jaxtyping's checks must not catch what the checks of the suite let through.
+    """
+    originals = _forget()
+    finder = _Finder(mutant)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        _forget()
+        sys.modules.update(originals)
+
+
+def run_all() -> list[dict[str, Any]]:
+    """What became of each mutant, as plain data for a report."""
+    return list(records())
+
+
+def records() -> Iterator[dict[str, Any]]:
+    """The same one by one, for it takes minutes."""
+    for mutant in MUTANTS:
+        caught = catch(mutant)
+        yield {
+            "name": mutant.name,
+            "side": mutant.side,
+            "file": mutant.file,
+            "defect": mutant.why,
+            "old": mutant.old,
+            "new": mutant.new,
+            "caught_by": caught.check,
+            "message": caught.message,
+            "seconds": caught.seconds,
+        }
+
+
+class _Loader(SourceFileLoader):
+    """Loads one module with its mutant."""
+
+    def __init__(self, fullname: str, path: str, mutant: Mutant) -> None:
+        super().__init__(fullname, path)
+        self.mutant = mutant
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Compile the source as edited: bytecode is neither read nor written."""
+        source = self.mutant.apply(Path(self.path).read_text())
+        return compile(source, self.path, "exec", dont_inherit=True)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the packages' modules where Python finds them, all but one to load as they are."""
+
+    def __init__(self, mutant: Mutant | None) -> None:
+        self.mutant = mutant
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname.partition(".")[0] not in PACKAGES:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec and spec.origin and self.mutant and fullname == self.mutant.module:
+            spec.loader = _Loader(fullname, spec.origin, self.mutant)
+        return spec
+
+
+def _forget() -> dict[str, Any]:
+    """Take the packages out of memory."""
+    ours = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
+    return {name: sys.modules.pop(name) for name in ours}
+
+
+def _suite() -> Checks:
+    return import_module("parity_tests.suite").checks()
+
+
+def _in_short(error: Exception) -> str:
+    """The beginning of what a check said; a crash is no comparison, and says which error it was."""
+    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+    return shorten(f"{kind}{error}", width=200, placeholder=" ...")
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    # --- the algebra ------------------------------------------------------------------------------
+    Mutant(
+        "one-pass-variance",
+        AFFINE,
+        "origin = lax.stop_gradient(jnp.where(jnp.isfinite(near), near, 0)).reshape(n, c)",
+        "origin = jnp.zeros((n, c), x.dtype)",
+        "E[x^2] - E[x]^2 cancels where the mean is large: in Flax it is 25 % off at mean/std 1000.",
+        hint="BatchNorm linen float32 data=mean 1e4",
+    ),
+    Mutant(
+        "nan-in-the-origin",
+        AFFINE,
+        "jnp.where(jnp.isfinite(near), near, 0)",
+        "near",
+        "A value that is not finite takes all others of its channel along.",
+        hint="data=one NaN",
+    ),
+    Mutant(
+        "variance-not-clamped",
+        AFFINE,
+        "return var + lax.stop_gradient(jnp.maximum(-var, 0))",
+        "return var",
+        "Rounding can make the variance of a constant channel negative, as in the annotated "
+        "implementation, and its root NaN.",
+        hint="constants far from 0",
+    ),
+    Mutant(
+        "variance-of-a-sample",
+        AFFINE,
+        "var = _not_negative(second - jnp.square(mean))",
+        "var = _not_negative(second - jnp.square(mean)) * size / jnp.maximum(size - 1, 1)",
+        "Each channel of each sample is measured with Bessel's correction, before any pooling.",
+        hint="BatchNorm: a batch norm does not see",
+    ),
+    Mutant(
+        "masked-values-in-the-variance",
+        AFFINE,
+        "    if mask is not None:\n        deviation = jnp.where(mask, deviation, 0)\n",
+        "",
+        "What is masked is replaced by 0 and then counts, as far from the mean as 0 is.",
+        hint="BatchNorm: a batch norm does not see",
+    ),
+    Mutant(
+        "masked-values-in-the-count",
+        AFFINE,
+        "size = jnp.sum(mask, space, keepdims=True, dtype=x.dtype)",
+        "size = jnp.sum(jnp.ones_like(x), space, keepdims=True)",
+        "Sums over what counts are divided by the number of all values.",
+        hint="BatchNorm: a batch norm does not see",
+    ),
+    Mutant(
+        "samples-weigh-the-same",
+        AFFINE,
+        "size if mask is None else jnp.reshape(size, (n, c))",
+        "size if mask is None else 1",
+        "Under a mask a sample weighs in the batch whatever part of it counts, be it nothing.",
+        hint="BatchNorm: a batch norm does not see",
+    ),
+    Mutant(
+        "groups-weigh-channels-the-same",
+        AFFINE,
+        "(m.mean, m.var, _weight(m), origin)",
+        "(m.mean, m.var, jnp.ones_like(m.var), origin)",
+        "A channel weighs in its group whatever part of it the mask leaves.",
+        hint="a channel norm does not see",
+    ),
+    Mutant(
+        "nothing-divided-by-nothing",
+        AFFINE,
+        "(values / jnp.maximum(size, 1) for values in (first, second))",
+        "(values / size for values in (first, second))",
+        "Where nothing counts the mean is 0 / 0: Flax's statistics stay NaN after an empty mask.",
+        hint="BatchNorm: nothing moves where nothing counts",
+    ),
+    Mutant(
+        "within-variance-only",
+        AFFINE,
+        "weight * (m.var + jnp.square(deviation))",
+        "weight * m.var",
+        "The law of total variance without the variance of the means.",
+        hint="BatchNorm: a batch norm does not see",
+    ),
+    Mutant(
+        "between-variance-only",
+        AFFINE,
+        "weight * (m.var + jnp.square(deviation))",
+        "weight * jnp.square(deviation)",
+        "The law of total variance without the mean of the variances.",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "devices-not-pooled",
+        AFFINE,
+        "        if axis_name is None:\n            return sums",
+        "        return sums",
+        "Each device normalizes by its own share of the batch: the psum is missing.",
+        hint="BatchNorm: devices are pooled",
+    ),
+    Mutant(
+        "devices-weigh-the-same",
+        AFFINE,
+        "    return _pool(m, total)",
+        "    own = _pool(m, lambda *values: [jnp.sum(v, axis=0, keepdims=True) for v in values])\n"
+        "    return own if axis_name is None else _pool(own._replace(size=1), total)",
+        "A mean of the devices' means, as Flax takes it: wrong where their masks differ.",
+        hint="BatchChannelNorm: devices weigh by",
+    ),
+    Mutant(
+        "sizes-averaged-over-devices",
+        AFFINE,
+        "lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)",
+        "lax.pmean(sums, axis_name, axis_index_groups=axis_index_groups)",
+        "Mean and variance survive a pmean of the sums, the size of the batch does not.",
+        hint="NNX BatchChannelNorm of the batch: groups of devices",
+    ),
+    Mutant(
+        "index-groups-ignored",
+        AFFINE,
+        "lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)",
+        "lax.psum(sums, axis_name)",
+        "All devices pool together, though they were told to in groups.",
+        hint="BatchChannelNorm: groups of devices",
+    ),
+    Mutant(
+        "groups-interleaved",
+        AFFINE,
+        "values.reshape(values.shape[0], num_groups, -1)",
+        "values.reshape(values.shape[0], -1, num_groups).swapaxes(1, 2)",
+        "Channels are dealt out to the groups in turn, not in consecutive runs.",
+        hint="ChannelNorm: channels of a group",
+    ),
+    Mutant(
+        "groups-spread-interleaved",
+        AFFINE,
+        "jnp.repeat(v, channels // v.shape[1], axis=1)",
+        "jnp.tile(v, (1, channels // v.shape[1]))",
+        "The maps of the groups go to the channels in turn: tile for repeat.",
+        hint="ChannelNorm: channels of a group",
+    ),
+    Mutant(
+        "epsilon-outside-the-root",
+        AFFINE,
+        "scale = 1 / jnp.sqrt(m.var + epsilon)",
+        "scale = 1 / (jnp.sqrt(m.var) + epsilon)",
+        "The divisor is std + epsilon, as in many codes for weights.",
+        hint="is a group norm",
+    ),
+    Mutant(
+        "epsilon-missing",
+        AFFINE,
+        "scale = 1 / jnp.sqrt(m.var + epsilon)",
+        "scale = 1 / jnp.sqrt(m.var)",
+        "Nothing keeps the root of a small variance away from 0.",
+        hint="is a group norm",
+    ),
+    Mutant(
+        "epsilon-as-a-floor",
+        AFFINE,
+        "scale = 1 / jnp.sqrt(m.var + epsilon)",
+        "scale = 1 / jnp.sqrt(jnp.maximum(m.var, epsilon))",
+        "Epsilon bounds the variance from below, as in NFNets, and is not added.",
+        hint="is a group norm",
+    ),
+    Mutant(
+        "mean-not-subtracted",
+        AFFINE,
+        "return Affine(scale, ((origin - m.origin) - m.mean) * scale)",
+        "return Affine(scale, origin * scale)",
+        "Divided by the standard deviation, and not centered.",
+        hint="is a group norm",
+    ),
+    Mutant(
+        "origins-taken-for-each-other",
+        AFFINE,
+        "((origin - m.origin) - m.mean) * scale",
+        "-m.mean * scale",
+        "The mean is measured from another origin than the values that it is subtracted from.",
+        hint="a batch norm does not see",
+    ),
+    Mutant(
+        "push-without-offset",
+        AFFINE,
+        "Moments(f.scale * m.mean + f.offset, ",
+        "Moments(f.scale * m.mean, ",
+        "The moments after a map forget its offset.",
+        hint="BatchChannelNorm: a channel norm follows",
+    ),
+    Mutant(
+        "push-without-square",
+        AFFINE,
+        "jnp.square(f.scale) * m.var",
+        "jnp.abs(f.scale) * m.var",
+        "The variance after a map is scaled as a standard deviation is.",
+        hint="BatchChannelNorm: a channel norm follows",
+    ),
+    Mutant(
+        "chain-in-the-wrong-order",
+        AFFINE,
+        "g.scale * f.offset + g.offset",
+        "f.scale * g.offset + f.offset",
+        "First the second map, then the first.",
+        hint="is a group norm",
+    ),
+    Mutant(
+        "output-rounded-early",
+        AFFINE,
+        "    return (scale * x + offset).astype(dtype or x.dtype)",
+        "    dtype = dtype or x.dtype\n    return (scale * x).astype(dtype) + offset.astype(dtype)",
+        "The product is rounded to half precision before the offset is added.",
+        hint="ChannelNorm: half precision is widened first",
+    ),
+    Mutant(
+        "half-precision-statistics",
+        AFFINE,
+        "return x.astype(jnp.promote_types(x.dtype, jnp.float32))",
+        "return x",
+        "Half-precision input is summed in half precision.",
+        hint="ChannelNorm: half precision is widened first",
+    ),
+    # --- the layers as functions ------------------------------------------------------------------
+    Mutant(
+        "half-precision-gradient",
+        NORMS,
+        "    x = widen(x)\n    if mask is not None:",
+        "    if mask is not None:",
+        "The two parts of the input gradient are rounded to half precision before they are added.",
+        hint="gradients in half precision",
+    ),
+    Mutant(
+        "mask-ignored",
+        NORMS,
+        "moments(x, axis, mask)",
+        "moments(x, axis)",
+        "Padding counts as data.",
+        hint="BatchNorm: what a mask hides",
+    ),
+    Mutant(
+        "masked-nan-kept",
+        NORMS,
+        "x = jnp.where(mask | jnp.isfinite(x), x, 0)",
+        "x = jnp.where(mask, x, x)",
+        "A NaN behind the mask reaches the gradients, for NaN times a gradient of 0 is NaN.",
+        hint="BatchNorm: what a mask hides",
+    ),
+    Mutant(
+        "masked-output-cleared",
+        NORMS,
+        "x = jnp.where(mask | jnp.isfinite(x), x, 0)",
+        "x = jnp.where(mask, x, 0)",
+        "What is masked should not count in the moments, but should be normalized all the same.",
+        hint="BatchNorm: what a mask hides is normalized",
+    ),
+    Mutant(
+        "momentum-swapped",
+        NORMS,
+        "momentum * widen(old) + (1 - momentum) * lax.stop_gradient(new)",
+        "(1 - momentum) * widen(old) + momentum * lax.stop_gradient(new)",
+        "PyTorch's momentum in Flax's place, as in bonlime/pytorch-tools (issue 97).",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "gradient-through-the-estimates",
+        NORMS,
+        "momentum * widen(old) + (1 - momentum) * lax.stop_gradient(new)",
+        "momentum * widen(old) + (1 - momentum) * new",
+        "Normalizing by the updated estimates lets a tenth of the batch's gradient through.",
+        hint="EstimatedBatchNorm: training by estimates",
+    ),
+    Mutant(
+        "running-variance-unbiased",
+        NORMS,
+        '        case "biased":\n            var = batch.var',
+        '        case "biased":\n            var = unbiased(batch)',
+        "PyTorch's running variance in the place of Flax's: off by n / (n - 1).",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "running-variance-not-unbiased",
+        NORMS,
+        "var = unbiased(batch)",
+        "var = batch.var",
+        "Flax's running variance where PyTorch's is asked for.",
+        hint="BatchNorm linen float64 running_variance=unbiased",
+    ),
+    Mutant(
+        "running-variance-around-the-new-mean",
+        NORMS,
+        "jnp.square((batch.origin - running.mean) + batch.mean)",
+        "jnp.square(momentum * (batch.origin - running.mean + batch.mean))",
+        "The authors take the variance around the running mean before its update, not after.",
+        hint="BatchNorm linen float64 running_variance=around",
+    ),
+    Mutant(
+        "running-variance-of-the-mean",
+        NORMS,
+        "average(running.var, var)",
+        "average(running.mean, var)",
+        "The running variance continues the running mean: a slip of copy and paste.",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "bessel-upside-down",
+        NORMS,
+        "m.var * (m.size / jnp.maximum(m.size - 1, 1))",
+        "m.var * (jnp.maximum(m.size - 1, 1) / m.size)",
+        "Bessel's correction makes a variance larger, not smaller.",
+        hint="WSDense nnx",
+    ),
+    Mutant(
+        "nan-poisons-the-statistics",
+        NORMS,
+        "usable = finite & (jnp.asarray(batch.size) > 0)",
+        "usable = jnp.asarray(batch.size) > 0",
+        "One batch with a NaN, and the running estimates are NaN for ever, as in Flax and PyTorch.",
+        hint="EstimatedBatchNorm: a channel that is not finite",
+    ),
+    Mutant(
+        "empty-batch-moves-the-statistics",
+        NORMS,
+        "usable = finite & (jnp.asarray(batch.size) > 0)",
+        "usable = finite",
+        "A batch that is masked whole pulls the running estimates towards 0.",
+        hint="BatchNorm: nothing moves where nothing counts",
+    ),
+    Mutant(
+        "evaluation-by-the-batch",
+        NORMS,
+        "        return running, running",
+        "        return pool_batch(m, axis_name, axis_index_groups), running",
+        "Evaluation normalizes by whatever else is in the batch.",
+        hint="BatchNorm in evaluation: a sample does not see",
+    ),
+    Mutant(
+        "normalized-before-the-update",
+        NORMS,
+        "return (after if estimate else batch), after",
+        "return (running if estimate else batch), after",
+        "The batch is normalized by the estimates of the batches before it.",
+        hint="EstimatedBatchNorm: training by estimates",
+    ),
+    Mutant(
+        "estimate-normalizes-by-the-batch",
+        NORMS,
+        "return (after if estimate else batch), after",
+        "return batch, after",
+        "Plain batch norm, whatever `estimate` says: a copy in cellseg_models ignores it too.",
+        hint="EstimatedBatchNorm: training by estimates",
+    ),
+    Mutant(
+        "batch-norm-normalizes-by-the-estimates",
+        NORMS,
+        "return (after if estimate else batch), after",
+        "return after, after",
+        "Estimated statistics also where the batch's own were asked for.",
+        hint="BatchNorm: a constant comes",
+    ),
+    Mutant(
+        "batch-moments-without-gradient",
+        NORMS,
+        "return (after if estimate else batch), after",
+        "return (after if estimate else lax.stop_gradient(batch)), after",
+        "Batch norm without the gradient through the batch's mean and variance.",
+        hint="BatchNorm: gradients are slopes",
+    ),
+    Mutant(
+        "batch-norm-scale-and-bias-ignored",
+        NORMS,
+        "return chain(standardize(pooled, epsilon, origin), learned)",
+        "return standardize(pooled, epsilon, origin)",
+        "The batch norm learns nothing.",
+        hint="BatchNorm: a constant comes",
+    ),
+    Mutant(
+        "batch-norm-bias-ignored",
+        NORMS,
+        "    return chain(standardize(pooled, epsilon, origin), learned)",
+        "    learned = learned._replace(offset=jnp.zeros_like(learned.offset))\n"
+        "    return chain(standardize(pooled, epsilon, origin), learned)",
+        "The batch norm does not shift.",
+        hint="BatchNorm: a constant comes",
+    ),
+    Mutant(
+        "channel-norm-scale-and-bias-ignored",
+        NORMS,
+        "return chain(standardize(pooled, epsilon, m.origin), spread(learned, channels))",
+        "return standardize(pooled, epsilon, m.origin)",
+        "The channel norm learns nothing.",
+        hint="ChannelNorm: a constant comes",
+    ),
+    Mutant(
+        "channel-norm-of-single-channels",
+        NORMS,
+        "return chain(standardize(pooled, epsilon, m.origin), spread(learned, channels))",
+        "return chain(standardize(m, epsilon, m.origin), spread(learned, channels))",
+        "Moments over space only: an instance norm.",
+        hint="ChannelNorm nnx",
+    ),
+    Mutant(
+        "channel-norm-of-the-batch",
+        NORMS,
+        "spread(pool_groups(m, groups), channels)",
+        "spread(pool_groups(pool_batch(m), groups), channels)",
+        "The channel norm pools its samples, which must not see each other.",
+        hint="ChannelNorm: a sample does not see",
+    ),
+    # --- what linen and NNX share -----------------------------------------------------------------
+    Mutant(
+        "channels-always-last",
+        LAYER,
+        "norms.normalize(x, to_affine, layer.axis, mask, ",
+        "norms.normalize(x, to_affine, -1, mask, ",
+        "The argument `axis` is ignored.",
+        hint="ChannelNorm: channels may lie",
+    ),
+    Mutant(
+        "output-type-ignored",
+        LAYER,
+        "    if layer.dtype is not None:\n        return layer.dtype\n",
+        "",
+        "The argument `dtype` is ignored.",
+        hint="ChannelNorm: half precision is widened first",
+    ),
+    Mutant(
+        "output-type-of-the-input",
+        LAYER,
+        "return jnp.promote_types(dtype, layer.param_dtype) if learns else dtype",
+        "return dtype",
+        "The result is of the input's type, and not of what input and parameters promote to.",
+        hint="ChannelNorm: half precision is widened first",
+    ),
+    Mutant(
+        "evaluation-updates",
+        LAYER,
+        "return not evaluate if flag is None else flag",
+        "return True if flag is None else flag",
+        "The running averages move in evaluation too.",
+        hint="BatchNorm in evaluation: evaluation moves no",
+    ),
+    Mutant(
+        "training-does-not-update",
+        LAYER,
+        "return not evaluate if flag is None else flag",
+        "return False if flag is None else flag",
+        "The running averages never move: the README of the authors never sets their rate.",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "update-flag-ignored",
+        LAYER,
+        "return not evaluate if flag is None else flag",
+        "return not evaluate",
+        "Nothing can freeze the running averages, or recalibrate them.",
+        hint="frozen it trains",
+    ),
+    # --- weight standardization -------------------------------------------------------------------
+    Mutant(
+        "weights-along-the-wrong-axis",
+        KERNELS,
+        "axis = axis % kernel.ndim + 1",
+        "axis = axis % kernel.ndim",
+        "The weights of each input channel are standardized, not those of each output channel.",
+        hint="WSDense: shifting the weights",
+    ),
+    Mutant(
+        "weights-not-centered",
+        KERNELS,
+        "    sample = centered(sample, m.origin, axis)\n",
+        "",
+        "Weights are scaled only, as in weight normalization.",
+        hint="WSDense: shifting the weights",
+    ),
+    Mutant(
+        "weights-biased",
+        KERNELS,
+        "var = unbiased(m) if how.unbiased else m.var",
+        "var = m.var",
+        "The biased variance by default, as in BiT and timm.",
+        hint="WSDense nnx",
+    ),
+    Mutant(
+        "weights-epsilon-outside-the-root",
+        KERNELS,
+        "inverse = lax.rsqrt(s * (var + how.epsilon))",
+        "inverse = 1 / (jnp.sqrt(s * var) + how.epsilon)",
+        "The divisor is std + epsilon, as in the README of the authors.",
+        hint="WSDense: scaling the weights",
+    ),
+    Mutant(
+        "weights-without-epsilon",
+        KERNELS,
+        "inverse = lax.rsqrt(s * (var + how.epsilon))",
+        "inverse = lax.rsqrt(s * var)",
+        "Nothing keeps the root of a small variance away from 0.",
+        hint="WSDense nnx",
+    ),
+    Mutant(
+        "weights-epsilon-added-not-a-floor",
+        KERNELS,
+        "lax.rsqrt(jnp.maximum(s * var, how.epsilon))",
+        "lax.rsqrt(s * var + how.epsilon)",
+        "DeepMind's NFNets take the larger of variance and epsilon, not their sum.",
+        hint="standardization=nfnet",
+    ),
+    Mutant(
+        "constant-weights-have-no-gradient",
+        KERNELS,
+        "return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)",
+        "return jnp.sqrt(var)",
+        "The root of the variance of a constant kernel has the derivative NaN.",
+        hint="constant weights leave all finite",
+    ),
+    Mutant(
+        "fan-in-scaling-ignored",
+        KERNELS,
+        "s = jnp.maximum(m.size, 1) if how.fan_in_scaling else 1",
+        "s = 1",
+        "Scaled weight standardization without its scale.",
+        hint="standardization=timm_scaled",
+    ),
+    Mutant(
+        "gamma-ignored",
+        KERNELS,
+        "return how.gamma * inverse",
+        "return inverse",
+        "The factor that makes up for the activation is forgotten.",
+        hint="standardization=nfnet with gamma",
+    ),
+    Mutant(
+        "gain-ignored",
+        KERNELS,
+        "scale = scale * widen(gain)[None]",
+        "scale = jnp.asarray(scale)",
+        "The learned gain changes nothing.",
+        hint="standardization=timm_scaled",
+    ),
+    # --- linen ------------------------------------------------------------------------------------
+    Mutant(
+        "linen-initialization-updates",
+        LINEN,
+        "if update_stats and not initializing:",
+        "if update_stats:",
+        "The example that `init` is given moves the running averages.",
+        hint="BatchNorm: estimates start",
+    ),
+    Mutant(
+        "linen-statistics-not-written",
+        LINEN,
+        "mean.value, var.value = stats",
+        "_ = stats",
+        "The running averages are computed and not stored.",
+        hint="BatchNorm linen float64 running_variance=unbiased",
+    ),
+    Mutant(
+        "linen-call-flag-ignored",
+        LINEN,
+        "self.use_running_average, use_running_average",
+        "self.use_running_average, None",
+        "The call cannot say whether it evaluates.",
+        hint="BatchNorm in evaluation: evaluation moves no",
+    ),
+    Mutant(
+        "linen-momentum-ignored",
+        LINEN,
+        "            momentum=self.momentum,\n",
+        "",
+        "BatchChannelNorm keeps its momentum to itself, as the authors' PBCNorm does.",
+        hint="BatchChannelNorm linen float64 num_groups=4 estimate=True momentum=0.5",
+    ),
+    Mutant(
+        "linen-batch-epsilon-ignored",
+        LINEN,
+        "epsilon=self.epsilon if self.batch_epsilon is None else self.batch_epsilon",
+        "epsilon=self.epsilon",
+        "One epsilon serves both norms.",
+        hint="BatchChannelNorm: scaling the input",
+    ),
+    Mutant(
+        "linen-batch-epsilon-fixed",
+        LINEN,
+        "epsilon=self.epsilon if self.batch_epsilon is None else self.batch_epsilon",
+        "epsilon=1e-5",
+        "The batch norm has an epsilon of its own, as in the README of the authors.",
+        hint="BatchChannelNorm: scaling the input",
+    ),
+    Mutant(
+        "linen-estimate-ignored",
+        LINEN,
+        "(EstimatedBatchNorm if self.estimate else BatchNorm)(",
+        "EstimatedBatchNorm(",
+        "Estimated statistics always: a copy in cellseg_models ignores `estimate` too.",
+        hint="BatchChannelNorm of the batch: a channel norm follows",
+    ),
+    Mutant(
+        "linen-axis-name-ignored",
+        LINEN,
+        "            axis_name=self.axis_name,\n",
+        "",
+        "BatchChannelNorm does not tell its batch norm of the other devices.",
+        hint="BatchChannelNorm: devices weigh",
+    ),
+    Mutant(
+        "linen-channel-norm-of-the-input",
+        LINEN,
+        "channel_norm.affine(push(f, m))",
+        "channel_norm.affine(m)",
+        "The channel norm is measured on the input, not on what the batch norm makes of it.",
+        hint="BatchChannelNorm: a channel norm follows",
+    ),
+    Mutant(
+        "linen-transposed-kernel-axis",
+        LINEN,
+        'axis = -2 if getattr(self, "transpose_kernel", False) else -1',
+        "axis = -1",
+        "A transposed convolution with exchanged axes is standardized along the wrong one.",
+        hint="WSConvTranspose: shifting the weights",
+    ),
+    Mutant(
+        "linen-gain-ignored",
+        LINEN,
+        "            gain=gain,\n",
+        "",
+        "There is a gain, and nothing is multiplied by it.",
+        hint="standardization=timm_scaled",
+    ),
+    Mutant(
+        "linen-weights-rounded-early",
+        LINEN,
+        "            value,\n            self.standardization,",
+        "            value.astype(self.dtype or value.dtype),\n            self.standardization,",
+        "Weights are cast to half precision first, and standardized then.",
+        hint="WSDense: weights are standardized before",
+    ),
+    # --- NNX --------------------------------------------------------------------------------------
+    Mutant(
+        "nnx-statistics-not-written",
+        NNX,
+        "self.mean[...], self.var[...] = stats",
+        "_ = stats",
+        "The running averages are computed and not stored.",
+        hint="NNX BatchChannelNorm: training by",
+    ),
+    Mutant(
+        "nnx-momentum-default",
+        NNX,
+        "        momentum: float = 0.9,\n"
+        "        epsilon: float = 1e-5,\n"
+        "        dtype: Dtype | None = None,",
+        "        momentum: float = 0.99,\n"
+        "        epsilon: float = 1e-5,\n"
+        "        dtype: Dtype | None = None,",
+        "BatchNorm has the default of `flax.nnx.BatchNorm`, not that of this library.",
+        hint="BatchNorm nnx",
+    ),
+    Mutant(
+        "nnx-call-flag-ignored",
+        NNX,
+        "            type(self).__name__, self.use_running_average, use_running_average\n        )",
+        "            type(self).__name__, self.use_running_average, None\n        )",
+        "The call cannot say whether it evaluates.",
+        hint="NNX BatchChannelNorm in evaluation: evaluation",
+    ),
+    Mutant(
+        "nnx-momentum-ignored",
+        NNX,
+        "            momentum=momentum,\n",
+        "",
+        "BatchChannelNorm keeps its momentum to itself, as the authors' PBCNorm does.",
+        hint="NNX BatchChannelNorm of the batch: micro",
+    ),
+    Mutant(
+        "nnx-batch-epsilon-ignored",
+        NNX,
+        "epsilon=epsilon if batch_epsilon is None else batch_epsilon",
+        "epsilon=epsilon",
+        "One epsilon serves both norms.",
+        hint="NNX BatchChannelNorm of the batch: scaling the input",
+    ),
+    Mutant(
+        "nnx-estimate-ignored",
+        NNX,
+        "(EstimatedBatchNorm if estimate else BatchNorm)(",
+        "EstimatedBatchNorm(",
+        "Estimated statistics always: a copy in cellseg_models ignores `estimate` too.",
+        hint="NNX BatchChannelNorm of the batch: a channel norm follows",
+    ),
+    Mutant(
+        "nnx-axis-name-ignored",
+        NNX,
+        "            axis_name=axis_name,\n",
+        "",
+        "BatchChannelNorm does not tell its batch norm of the other devices.",
+        hint="NNX BatchChannelNorm of the batch: devices weigh",
+    ),
+    Mutant(
+        "nnx-channel-norm-of-the-input",
+        NNX,
+        "self.channel_norm.affine(push(f, m))",
+        "self.channel_norm.affine(m)",
+        "The channel norm is measured on the input, not on what the batch norm makes of it.",
+        hint="NNX BatchChannelNorm: a channel norm follows",
+    ),
+    Mutant(
+        "nnx-transposed-kernel-axis",
+        NNX,
+        'return -2 if getattr(self, "transpose_kernel", False) else -1',
+        "return -1",
+        "A transposed convolution with exchanged axes is standardized along the wrong one.",
+        hint="NNX WSConvTranspose: shifting the weights",
+    ),
+    Mutant(
+        "nnx-gain-ignored",
+        NNX,
+        "gain=None if self.gain is None else self.gain[...]",
+        "gain=None",
+        "There is a gain, and nothing is multiplied by it.",
+        hint="WSConv nnx float64 features=6 kernel_size=3x3 padding=1 standardization=nfnet",
+    ),
+    Mutant(
+        "nnx-weights-rounded-early",
+        NNX,
+        "            self.kernel[...],",
+        "            self._promote_dtype(values, **kwargs)[1],",
+        "Weights are cast to half precision first, and standardized then.",
+        hint="NNX WSDense: weights are standardized before",
+    ),
+    Mutant(
+        "nnx-weights-overwritten",
+        NNX,
+        "        if mask is not None:\n            kernel *= mask",
+        "        self.kernel[...] = kernel\n"
+        "        if mask is not None:\n"
+        "            kernel *= mask",
+        "The standardized weights are stored, and trained: `nnx.WeightNorm` does so "
+        "(google/flax 5576).",
+        hint="NNX WSDense: a call changes",
+    ),
+    # --- interop ----------------------------------------------------------------------------------
+    Mutant(
+        "kernel-not-transposed",
+        LAYOUTS,
+        "lambda weight: np.moveaxis(weight, (0, 1), (-1, -2))",
+        "lambda weight: np.moveaxis(weight, (0, 1), (-2, -1))",
+        "Input and output features of a kernel from PyTorch trade places.",
+        hint="WSDense nnx",
+    ),
+    Mutant(
+        "kernel-not-transposed-back",
+        LAYOUTS,
+        "lambda kernel: np.moveaxis(kernel, (-1, -2), (0, 1))",
+        "lambda kernel: np.moveaxis(kernel, (-2, -1), (0, 1))",
+        "Input and output features of a kernel from Flax trade places.",
+        hint="WSDense nnx",
+    ),
+    Mutant(
+        "window-transposed",
+        LAYOUTS,
+        "lambda weight: np.moveaxis(weight, (0, 1), (-1, -2))",
+        "lambda weight: weight.T",
+        "All axes of a kernel from PyTorch are reversed, height and width among them.",
+        hint="WSConv nnx",
+    ),
+    Mutant(
+        "transposed-kernel-not-flipped",
+        LAYOUTS,
+        "np.moveaxis(_flip(weight, first=2), (0, 1), (-2, -1))",
+        "np.moveaxis(weight, (0, 1), (-2, -1))",
+        "Flax convolves where PyTorch correlates, so the window must be flipped.",
+        hint="upsampler",
+    ),
+    Mutant(
+        "transposed-kernels-mistaken",
+        LAYOUTS,
+        "by_flag = {False: FLIPPED, True: UNFLIPPED}",
+        "by_flag = {False: UNFLIPPED, True: FLIPPED}",
+        "The two forms of Flax's transposed convolution are taken for each other.",
+        hint="square upsampler",
+    ),
+    Mutant(
+        "flattened-pixels-first",
+        LAYOUTS,
+        "weight.reshape(len(weight), channels, -1).transpose(2, 1, 0).reshape(-1, len(weight))",
+        "weight.T",
+        "PyTorch flattens channels first, Flax channels last: the weights that follow must be "
+        "reordered.",
+        hint="upsampler",
+    ),
+    # --- PyTorch ----------------------------------------------------------------------------------
+    Mutant(
+        "torch-epsilon-outside-the-root",
+        TORCH_NORMS,
+        "torch.sqrt(var + self.eps)",
+        "(torch.sqrt(var) + self.eps)",
+        "The divisor is std + eps.",
+        hint="ChannelNorm nnx",
+    ),
+    Mutant(
+        "torch-epsilon-missing",
+        TORCH_NORMS,
+        "torch.sqrt(var + self.eps)",
+        "torch.sqrt(var)",
+        "Nothing keeps the root of a small variance away from 0.",
+        hint="ChannelNorm nnx",
+    ),
+    Mutant(
+        "torch-shift-ignored",
+        TORCH_NORMS,
+        "_along_axis_1(self.scale, x) * x_hat + _along_axis_1(self.shift, x)",
+        "_along_axis_1(self.scale, x) * x_hat",
+        "The norms do not shift.",
+        hint="ChannelNorm nnx",
+    ),
+    Mutant(
+        "torch-unbiased-variance",
+        TORCH_NORMS,
+        "var = ((x - mean) ** 2).mean(axes, keepdim=True)",
+        "var = x.var(axes, keepdim=True)",
+        "`Tensor.var` is unbiased by default.",
+        hint="ChannelNorm nnx",
+    ),
+    Mutant(
+        "torch-one-pass-variance",
+        TORCH_NORMS,
+        "var = ((x - mean) ** 2).mean(axes, keepdim=True)",
+        "var = (x**2).mean(axes, keepdim=True) - mean**2",
+        "E[x^2] - E[x]^2, as the annotated implementation has it, cancels where the mean is large.",
+        hint="BatchNorm linen float32 data=mean 1e4",
+    ),
+    Mutant(
+        "torch-batch-moments-without-gradient",
+        TORCH_NORMS,
+        "        mean, var = batch_moments(x)",
+        "        mean, var = batch_moments(x.detach())",
+        "Batch norm without the gradient through the batch's mean and variance.",
+        hint="BatchNorm nnx",
+    ),
+    Mutant(
+        "torch-training-does-not-update",
+        TORCH_NORMS,
+        "        mean, var = batch_moments(x)\n        if self.update_stats is not False:",
+        "        mean, var = batch_moments(x)\n        if self.update_stats:",
+        "By default the running estimates of BatchNorm never move.",
+        hint="BatchNorm nnx",
+    ),
+    Mutant(
+        "torch-evaluation-updates",
+        TORCH_NORMS,
+        "if not self.update_stats:",
+        "if self.update_stats is False:",
+        "By default the running estimates move in evaluation too.",
+        hint="BatchNorm nnx",
+    ),
+    Mutant(
+        "torch-evaluation-by-the-batch",
+        TORCH_NORMS,
+        "        if not self.update_stats:\n            return self._estimates(x)",
+        "        if not self.update_stats:\n            return batch_moments(x)",
+        "Evaluation normalizes by whatever else is in the batch.",
+        hint="BatchNorm nnx",
+    ),
+    Mutant(
+        "torch-update-with-gradient",
+        TORCH_NORMS,
+        "    @torch.no_grad()\n"
+        "    def _update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:",
+        "    def _update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:",
+        "The estimates keep the graph of every batch alive, as in the annotated implementation.",
+        hint="BatchNorm nnx",
+    ),
+    Mutant(
+        "torch-momentum-swapped",
+        TORCH_NORMS,
+        "        mu_hat = (1 - r) * self.exp_mean + r * mu",
+        "        mu_hat = r * self.exp_mean + (1 - r) * mu",
+        "Flax's momentum in PyTorch's place, for the mean.",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "torch-running-variance-swapped",
+        TORCH_NORMS,
+        "        sigma2_hat = (1 - r) * self.exp_var + r * sigma2",
+        "        sigma2_hat = r * self.exp_var + (1 - r) * sigma2",
+        "Flax's momentum in PyTorch's place, for the variance.",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "torch-nan-poisons-the-statistics",
+        TORCH_NORMS,
+        "finite = mu.isfinite() & sigma2.isfinite()",
+        "finite = torch.ones_like(mu, dtype=torch.bool)",
+        "One batch with a NaN, and the running estimates are NaN for ever, as in PyTorch's own.",
+        hint="BatchNorm linen float64 data=one NaN",
+    ),
+    Mutant(
+        "torch-running-variance-unbiased",
+        TORCH_NORMS,
+        "        return var\n"
+        "\n"
+        "    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:",
+        "        return var * (x[:, :1].numel() / max(x[:, :1].numel() - 1, 1))\n"
+        "\n"
+        "    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:",
+        "The running variance of PyTorch's own batch norm: off by n / (n - 1).",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "torch-running-variance-not-unbiased",
+        TORCH_NORMS,
+        "return var * (n / max(n - 1, 1))",
+        "return var",
+        "The biased running variance where the unbiased is asked for.",
+        hint="BatchNorm linen float64 running_variance=unbiased",
+    ),
+    Mutant(
+        "torch-statistics-in-half-precision",
+        TORCH_NORMS,
+        "            if widen(converted).dtype != converted.dtype:\n"
+        "                setattr(self, name, original.to(converted.device))",
+        "            setattr(self, name, converted)",
+        "A module converted to half precision rounds its running estimates.",
+        hint="estimates stay wide",
+    ),
+    Mutant(
+        "torch-normalized-before-the-update",
+        TORCH_NORMS,
+        "            self._update(x, *batch_moments(x.detach()))\n"
+        "        return self._estimates(x)",
+        "            before = [estimate.clone() for estimate in self._estimates(x)]\n"
+        "            self._update(x, *batch_moments(x.detach()))\n"
+        "            return before\n"
+        "        return self._estimates(x)",
+        "The batch is normalized by the estimates of the batches before it.",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "torch-gradient-through-the-estimates",
+        TORCH_NORMS,
+        "            self._update(x, *batch_moments(x.detach()))\n"
+        "        return self._estimates(x)",
+        "            mean, var = batch_moments(x)\n"
+        "            self._update(x, mean, var)\n"
+        "            mu_hat, sigma2_hat = self._estimates(x)\n"
+        "            leak = [self.momentum * (v - v.detach()) for v in (mean, var)]\n"
+        "            return mu_hat + leak[0], sigma2_hat + leak[1]\n"
+        "        return self._estimates(x)",
+        "Normalizing by the updated estimates lets a tenth of the batch's gradient through.",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "torch-statistics-of-the-output",
+        TORCH_NORMS,
+        "            self._update(x, *batch_moments(x.detach()))\n"
+        "        return self._estimates(x)",
+        "            mu_hat, sigma2_hat = self._estimates(x.detach())\n"
+        "            x_hat = (x.detach() - mu_hat) / torch.sqrt(sigma2_hat + self.eps)\n"
+        "            self._update(x_hat, *batch_moments(x_hat))\n"
+        "        return self._estimates(x)",
+        "The estimates move towards the moments of the normalized values, as in "
+        "bonlime/pytorch-tools.",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "torch-estimate-normalizes-by-the-batch",
+        TORCH_NORMS,
+        "            self._update(x, *batch_moments(x.detach()))\n"
+        "        return self._estimates(x)",
+        "            self._update(x, *batch_moments(x.detach()))\n        return batch_moments(x)",
+        "EstimatedBatchNorm is a plain batch norm in training.",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "torch-groups-interleaved",
+        TORCH_NORMS,
+        "grouped = widen(x).unflatten(1, (self.groups, -1))",
+        "grouped = widen(x).unflatten(1, (-1, self.groups)).transpose(1, 2)",
+        "Channels are dealt out to the groups in turn, and come out in another order.",
+        hint="ChannelNorm nnx",
+    ),
+    Mutant(
+        "torch-channel-norm-without-space",
+        TORCH_NORMS,
+        "axes=range(2, grouped.dim())",
+        "axes=(2,)",
+        "Each pixel by itself: a layer norm of the group.",
+        hint="ChannelNorm nnx",
+    ),
+    Mutant(
+        "torch-channel-norm-of-space-only",
+        TORCH_NORMS,
+        "axes=range(2, grouped.dim())",
+        "axes=range(3, grouped.dim())",
+        "Each channel by itself: an instance norm.",
+        hint="ChannelNorm nnx",
+    ),
+    Mutant(
+        "torch-channel-norm-of-the-batch",
+        TORCH_NORMS,
+        "axes=range(2, grouped.dim())",
+        "axes=(0, *range(2, grouped.dim()))",
+        "The channel norm pools its samples, which must not see each other.",
+        hint="ChannelNorm nnx",
+    ),
+    Mutant(
+        "torch-contiguous-only",
+        TORCH_NORMS,
+        "        grouped = widen(x).unflatten(1, (self.groups, -1))\n"
+        "        mean, var = _moments(grouped, axes=range(2, grouped.dim()))\n"
+        "        return self._normalize(grouped, mean, var).flatten(1, 2).to(x.dtype)",
+        "        grouped = widen(x).view(len(x), self.groups, -1)\n"
+        "        mean, var = _moments(grouped, axes=(2,))\n"
+        "        return self._normalize(grouped, mean, var).view(x.shape).to(x.dtype)",
+        "`.view` wants contiguous memory, as the annotated implementation does.",
+        hint="data=strided",
+    ),
+    Mutant(
+        "torch-batch-epsilon-fixed",
+        TORCH_NORMS,
+        "eps=eps if batch_eps is None else batch_eps",
+        "eps=1e-5",
+        "The batch norm has an eps of its own, as in the README of the authors.",
+        hint="epsilon=0.001",
+    ),
+    Mutant(
+        "torch-batch-epsilon-ignored",
+        TORCH_NORMS,
+        "eps=eps if batch_eps is None else batch_eps",
+        "eps=eps",
+        "One eps serves both norms.",
+        hint="batch_epsilon",
+    ),
+    Mutant(
+        "torch-estimate-ignored",
+        TORCH_NORMS,
+        "batch_norm = EstimatedBatchNorm if estimate else BatchNorm",
+        "batch_norm = EstimatedBatchNorm",
+        "Estimated statistics always: a copy in cellseg_models ignores `estimate` too.",
+        hint="BatchChannelNorm nnx float64 num_groups=4 estimate=False",
+    ),
+    Mutant(
+        "torch-rounded-between-the-norms",
+        TORCH_NORMS,
+        "y = self.batch_norm(widen(x))",
+        "y = self.batch_norm(x)",
+        "Half-precision values are rounded between the two norms as well.",
+        hint="BatchChannelNorm linen bfloat16",
+    ),
+    Mutant(
+        "torch-half-precision-statistics",
+        TORCH_PRECISION,
+        "return x.to(torch.promote_types(x.dtype, torch.float32))",
+        "return x",
+        "Half-precision input is summed in half precision.",
+        hint="BatchNorm linen bfloat16",
+    ),
+    Mutant(
+        "torch-weights-biased",
+        TORCH_WEIGHTS,
+        "(n - standardization.unbiased)",
+        "n",
+        "The biased variance, as in BiT and timm.",
+        hint="WSDense nnx",
+    ),
+    Mutant(
+        "torch-weights-of-the-window",
+        TORCH_WEIGHTS,
+        "axes = tuple(range(1, w.dim()))",
+        "axes = tuple(range(2, w.dim())) or (1,)",
+        "Each window by itself: input channels are not pooled.",
+        hint="WSConv nnx",
+    ),
+    Mutant(
+        "torch-weights-of-input-channels",
+        TORCH_WEIGHTS,
+        "axes = tuple(range(1, w.dim()))",
+        "axes = (0, *range(2, w.dim()))",
+        "The weights of each input channel are standardized, not those of each output channel.",
+        hint="WSConv nnx",
+    ),
+    Mutant(
+        "torch-weights-not-centered",
+        TORCH_WEIGHTS,
+        "standardization.gamma * (w - mean) /",
+        "standardization.gamma * w /",
+        "Weights are scaled only, as in weight normalization.",
+        hint="WSDense nnx",
+    ),
+    Mutant(
+        "torch-weights-epsilon-outside-the-root",
+        TORCH_WEIGHTS,
+        "return (s * (var + eps)).sqrt()",
+        "return (s * var).sqrt() + eps",
+        "The divisor is std + eps, as in the README of the authors.",
+        hint="WSDense nnx",
+    ),
+    Mutant(
+        "torch-gain-ignored",
+        TORCH_WEIGHTS,
+        "w_hat = w_hat * widen(gain).view(-1, *(1,) * len(axes))",
+        "pass",
+        "The learned gain changes nothing.",
+        hint="standardization=timm_scaled",
+    ),
+    Mutant(
+        "torch-weights-in-half-precision",
+        TORCH_WEIGHTS,
+        "w = widen(weight)",
+        "w = weight",
+        "Half-precision weights are summed in half precision.",
+        hint="weights are standardized wide",
+    ),
+    Mutant(
+        "torch-weights-overwritten",
+        TORCH_WEIGHTS,
+        "        return standardize_weight(self.weight, self.standardization, self.gain)",
+        "        standardized = standardize_weight(self.weight, self.standardization, self.gain)\n"
+        "        self.weight.data = standardized.data\n"
+        "        return self.weight",
+        "The standardized weights are stored, and trained, as `nnx.WeightNorm` does.",
+        hint="WSDense nnx",
+    ),
+)
+
+EQUIVALENT: tuple[Mutant, ...] = (
+    Mutant(
+        "origin-with-gradient",
+        AFFINE,
+        "origin = lax.stop_gradient(jnp.where(jnp.isfinite(near), near, 0)).reshape(n, c)",
+        "origin = jnp.where(jnp.isfinite(near), near, 0).reshape(n, c)",
+        "Mean and variance are the same on paper whatever the origin they are measured from: a "
+        "gradient through it adds nothing but rounding.",
+        hint="BatchNorm: gradients are slopes",
+    ),
+    Mutant(
+        "origin-of-the-batch-with-gradient",
+        AFFINE,
+        "origin = lax.stop_gradient(weighted / jnp.maximum(size, 1))",
+        "origin = weighted / jnp.maximum(size, 1)",
+        "The same holds of the origin from which moments are pooled.",
+        hint="BatchNorm: gradients are slopes",
+    ),
+    Mutant(
+        "origin-from-the-edge",
+        AFFINE,
+        "[stride // 2 for stride in strides]",
+        "[0 for _ in strides]",
+        "Another grid, another origin: on paper any gives the same moments, and one value in 64 "
+        "bounds the loss of digits wherever the grid begins.",
+        hint="float32 data=mean 1e4",
+    ),
+    Mutant(
+        "evaluation-pools-too",
+        NORMS,
+        "    if use_running_average and not update_stats:\n        return running, running\n",
+        "",
+        "What is pooled is not used: further down, evaluation returns the estimates as they were.",
+        hint="BatchNorm in evaluation: evaluation moves no",
+    ),
+    Mutant(
+        "torch-moments-not-detached",
+        TORCH_NORMS,
+        "            self._update(x, *batch_moments(x.detach()))\n"
+        "        return self._estimates(x)",
+        "            self._update(x, *batch_moments(x))\n        return self._estimates(x)",
+        "`_update` records no gradient, whatever it is given; detached, the moments need no graph "
+        "to begin with.",
+        hint="EstimatedBatchNorm nnx",
+    ),
+    Mutant(
+        "torch-view-or-reshape",
+        TORCH_NORMS,
+        "return values.view(1, -1, *(1,) * (x.dim() - 2))",
+        "return values.reshape(1, -1, *(1,) * (x.dim() - 2))",
+        "A parameter or buffer is contiguous, and then `view` and `reshape` are the same.",
+        hint="strided",
+    ),
+)

@@ -1,0 +1,154 @@
+"""The suite of checks catches every defect that is put in, and the putting in can be trusted."""
+
+import ast
+import sys
+from importlib import import_module
+
+import jax.numpy as jnp
+import pytest
+
+from parity_tests import suite
+from parity_tests.mutants import (
+    EQUIVALENT,
+    MUTANTS,
+    NORMS,
+    PACKAGES,
+    ROOT,
+    Mutant,
+    catch,
+    imported_afresh,
+)
+
+pytestmark = pytest.mark.torch
+
+SWAPPED = next(mutant for mutant in MUTANTS if mutant.name == "momentum-swapped")
+
+
+def each(mutants):
+    return pytest.mark.parametrize("mutant", mutants, ids=[mutant.name for mutant in mutants])
+
+
+def checks_named(hint):
+    """Part of the suite, as it is where this is called."""
+    checks = import_module("parity_tests.suite").checks()
+    return {name: check for name, check in checks.items() if hint in name}
+
+
+@pytest.mark.slow
+@each(MUTANTS)
+def test_a_mutant_is_caught(mutant):
+    caught = catch(mutant)
+    assert caught.check, f"nothing notices {mutant.name} in {mutant.file}: {mutant.why}"
+
+
+@pytest.mark.slow
+@each(EQUIVALENT)
+def test_an_equivalent_mutant_is_not_caught(mutant):
+    caught = catch(mutant, lambda: checks_named(mutant.hint))
+    assert caught.check is None, f"{caught.message}, though this is said of it: {mutant.why}"
+
+
+@pytest.mark.slow
+def test_without_a_mutant_nothing_is_caught():
+    """To import afresh is not what catches: shown by a check for each of the sources."""
+    hints = {mutant.file: mutant.hint for mutant in MUTANTS}.values()
+
+    def tried_first():
+        checks = checks_named("")
+        firsts = [next(name for name in checks if hint in name) for hint in hints]
+        return {name: checks[name] for name in firsts}
+
+    caught = catch(None, tried_first)
+    assert caught.check is None, caught.message
+
+
+@each(MUTANTS + EQUIVALENT)
+def test_a_mutant_fits_its_source(mutant):
+    source = (ROOT / mutant.file).read_text()
+    assert ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source))
+
+
+@each(MUTANTS + EQUIVALENT)
+def test_a_hint_leads_somewhere(mutant):
+    """A stale hint would cost minutes; without one, the whole suite would follow a mutant."""
+    assert mutant.hint
+    assert any(mutant.hint in name for name in suite.checks())
+
+
+def test_mutants_have_names_of_their_own():
+    names = [mutant.name for mutant in MUTANTS + EQUIVALENT]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("old", "count"), [("no such text", 0), ("running", r"\d+")])
+def test_a_text_that_does_not_occur_once_is_refused(old, count):
+    source = (ROOT / NORMS).read_text()
+    with pytest.raises(ValueError, match=rf"once in {NORMS}, it occurs {count} times"):
+        Mutant("stale", NORMS, old, "", "").apply(source)
+
+
+def test_a_mutant_that_no_check_imports_is_refused():
+    with pytest.raises(ValueError, match=r"never import bcn_flax\.norms"):
+        catch(SWAPPED, dict)
+
+
+def loaded():
+    """The modules that may be other ones where mutants are, and where imports look for them."""
+    ours = {name: sys.modules[name] for name in sys.modules if name.partition(".")[0] in PACKAGES}
+    return ours, list(sys.meta_path)
+
+
+def after_one_batch():
+    """The running mean that a mean of 1 makes of 0, with the weight 0.9 for the old one."""
+    norms, affine = (import_module(f"bcn_flax.{name}") for name in ("norms", "affine"))
+    zero, one = jnp.zeros((1, 1)), jnp.ones((1, 1))
+    return norms.moving_average(affine.Moments(zero, one), affine.Moments(one, one), 0.9).mean
+
+
+def test_the_mutant_is_what_is_imported_and_nothing_stays_of_it():
+    assert after_one_batch() == pytest.approx(0.1)
+    before = loaded()
+    with imported_afresh(SWAPPED):
+        assert after_one_batch() == pytest.approx(0.9)
+        assert sys.modules["bcn_flax.norms"] is not before[0]["bcn_flax.norms"]
+    assert loaded() == before
+    assert after_one_batch() == pytest.approx(0.1)
+    with imported_afresh(None):  # from bytecode, if there is any
+        assert after_one_batch() == pytest.approx(0.1)
+
+
+def test_nothing_stays_of_a_mutant_that_crashes():
+    def crash():
+        with imported_afresh(SWAPPED):
+            after_one_batch()
+            raise KeyboardInterrupt
+
+    before = loaded()
+    with pytest.raises(KeyboardInterrupt):
+        crash()
+    assert loaded() == before
+
+
+def test_annotations_are_not_checked_where_mutants_are():
+    """Here they are, by jaxtyping's import hook; they could catch what the checks should."""
+    integers = jnp.ones((2, 3), int)
+    with pytest.raises(TypeError, match="moments"):
+        import_module("bcn_flax.affine").moments(integers)
+    with imported_afresh(None):
+        import_module("bcn_flax.affine").moments(integers)
+
+
+def test_the_first_check_to_fail_is_reported_and_hints_go_first():
+    def fails():
+        raise AssertionError("\nsome digits\nare wrong")
+
+    def crashes():
+        raise KeyError("no digits")
+
+    def checks():
+        import_module(SWAPPED.module)
+        return {"passes": after_one_batch, "fails": fails, "crashes": crashes}
+
+    assert catch(None, checks)[:2] == ("fails", "some digits are wrong")
+    assert catch(SWAPPED._replace(hint="crash"), checks)[:2] == ("crashes", "KeyError: 'no digits'")
+    assert catch(SWAPPED, lambda: {"passes": after_one_batch}).check is None
