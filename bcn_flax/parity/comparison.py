@@ -18,7 +18,7 @@ from bcn_flax.parity.flax_side import Call, Module
 from bcn_flax.parity.observations import Observation, Side, Values
 from bcn_flax.parity.optimizers import Optimizer, sgd
 from bcn_flax.parity.report import Comparison
-from bcn_flax.parity.rows import Allowance, Row, compare_observations, sensitivity
+from bcn_flax.parity.rows import Allowance, Row, Truth, compare_observations, sensitivity
 from bcn_flax.parity.tolerances import Tolerance, roundings
 from bcn_flax.parity.twins import Twins, Weights, in_float64, twins
 
@@ -247,20 +247,22 @@ def _rows(
         tolerances,
     )
 
-    def compare(actual: str, expected: str, truth: str | None = None) -> list[Row]:
-        judged = (seen[truth], seen[TORCH]) if truth else None
+    def compare(actual: str, expected: str, truth: Truth | None = None) -> list[Row]:
         sides = (actual, expected)
         return compare_observations(
-            phase.name, sides, seen[actual], seen[expected], allowance, judged
+            phase.name, sides, seen[actual], seen[expected], allowance, truth
         )
 
     native = [side for side in (JITTED, EAGER) if side in seen]
     if ORACLE in seen:
-        by_flax = [row for side in native for row in compare(side, ORACLE, truth=ORACLE)]
+        truth = Truth(seen[ORACLE], seen[ORACLE], seen[TORCH])
+        by_flax = [row for side in native for row in compare(side, ORACLE, truth)]
         return by_flax + compare(TORCH, ORACLE)
-    formulas = compare(FLAX_64, TORCH_64) if FLAX_64 in seen else []
-    truth = TORCH_64 if formulas and all(row.passed for row in formulas) else None
-    return [row for side in native for row in compare(side, TORCH, truth)] + formulas
+    if FLAX_64 not in seen:
+        return [row for side in native for row in compare(side, TORCH)]
+    truth = Truth(seen[TORCH_64], seen[FLAX_64], seen[TORCH])
+    by_flax = [row for side in native for row in compare(side, TORCH, truth)]
+    return by_flax + compare(FLAX_64, TORCH_64)
 
 
 def _check_names(tolerances: Sequence[Tolerance], rows: Sequence[Row]) -> None:

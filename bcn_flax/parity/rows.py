@@ -58,6 +58,27 @@ class Row(NamedTuple):
         return self.worst.error <= 1 and not self.error.mismatch
 
 
+class Truth(NamedTuple):
+    """What errors are measured from.
+
+    Attributes:
+        expected: the truth, such as PyTorch's module in float64.
+        other: the same from elsewhere, such as Flax's module in float64.
+        torch: what PyTorch shows in the precision at hand.
+    """
+
+    expected: Observation
+    other: Observation
+    torch: Observation
+
+    def is_known(self, name: Name, difference: Error) -> bool:
+        """Whether the two truths are much nearer to each other than what is to be judged."""
+        if name not in self.expected:
+            return False
+        doubt = error(self.other[name], self.expected[name], np.float64)
+        return not doubt.mismatch and doubt.absolute.error <= difference.absolute.error / 100
+
+
 class Allowance(NamedTuple):
     """What the tolerances of one phase follow from.
 
@@ -90,7 +111,7 @@ def compare_observations(
     actual: Observation,
     expected: Observation,
     allowance: Allowance,
-    judged: tuple[Observation, Observation] | None = None,
+    truth: Truth | None = None,
 ) -> list[Row]:
     """A row for each number that both sides show.
 
@@ -100,14 +121,14 @@ def compare_observations(
         actual: what the one, Flax or PyTorch, shows.
         expected: what the other shows.
         allowance: how far they may be apart.
-        judged: the truth, and what PyTorch shows, to say whether Flax or that is farther from it.
+        truth: to say whether Flax or PyTorch is farther from it.
     """
     rows = []
     for name in sorted((n for n in expected if n in actual), key=_order):
         row = _row(phase, sides, name, actual[name], expected[name], allowance)
-        if judged is not None and name in judged[0]:
-            truth, torch = (observation[name] for observation in judged)
-            errors = (error(x, truth, row.dtype).absolute.error for x in (actual[name], torch))
+        if truth is not None and truth.is_known(name, row.error):
+            ends = (actual[name], truth.torch[name])
+            errors = (error(x, truth.expected[name], row.dtype).absolute.error for x in ends)
             row = row._replace(from_truth=FromTruth(*errors))
         rows.append(row)
     return rows
@@ -154,7 +175,8 @@ def _worst(
     # What is stored in a narrower type than it was computed in is rounded once more.
     stored = eps(dtype) / 2 if eps(dtype) > eps(precision) else 0.0
     room = allowed + stored * np.where(finite, np.abs(b), 0.0)
-    used = np.where(finite, np.abs(np.where(finite, a - b, 0.0)), 0.0) / room
+    with np.errstate(invalid="ignore", over="ignore"):
+        used = np.where(finite, np.abs(a - b), 0.0) / room
     index = np.unravel_index(used.argmax(), used.shape)
     if measured.mismatch:
         index = tuple(np.argwhere(~((a == b) | (np.isnan(a) & np.isnan(b)) | finite))[0])

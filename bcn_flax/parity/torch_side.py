@@ -69,7 +69,8 @@ class TorchSide:
                 parameter.data = self._shaken(parameter.data)
             for part in self._module.modules():
                 part.register_forward_hook(lambda _module, _inputs, y: self._shaken(y))
-        self._optimizer = make_optimizer(self._module.parameters())
+        parameters = list(self._module.parameters())
+        self._optimizer = make_optimizer(parameters) if parameters else None
 
     def __call__(
         self, inputs: Sequence[Values], output_gradients: Sequence[Values], train: bool
@@ -90,7 +91,7 @@ class TorchSide:
             )
             for name, x in numbered(inputs).items()
         }
-        self._optimizer.zero_grad()
+        self._module.zero_grad()
         outputs = numbered(tensors_of(self._module(*given.values())))
         gradients = {
             name: self._to_torch(f"output {name}", dy).to(outputs[name].dtype)
@@ -101,7 +102,7 @@ class TorchSide:
         # A tied parameter has several names, of which the match may have chosen any.
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
         gradient = {name: _gradient(p).clone() for name, p in parameters.items()}
-        if train:
+        if train and self._optimizer is not None:
             self._optimizer.step()
         return observation(
             {name: self._to_flax(f"output {name}", y) for name, y in outputs.items()},
