@@ -24,7 +24,7 @@ train = partial(BatchChannelNorm, num_groups=4, use_running_average=False)
 
 def error_of(layer, *args, **kwargs):
     with pytest.raises(ValueError, match=r".") as caught:
-        layer.init(jax.random.key(0), *args, **kwargs)
+        jax.eval_shape(lambda: layer.init(jax.random.key(0), *args, **kwargs))
     return str(caught.value)
 
 
@@ -219,24 +219,28 @@ def test_networks_complain(model, x, message):
 def test_a_single_value_per_channel_is_warned_of_in_training_only():
     x = jnp.ones((1, 8))
     layer = train()
-    variables = layer.init(jax.random.key(0), x)  # initializing with one sample is no mistake
+    init = partial(layer.init, jax.random.key(0))
+    variables = jax.eval_shape(init, x)  # initializing with one sample is no mistake
     message = (
         "The batch has a single value per channel (1 sample without space axes, or of size 1), so "
         "its variance is 0, which estimates nothing. Train with a larger batch, or evaluate with "
         "use_running_average=True."
     )
+    step = partial(layer.apply, mutable=["batch_stats"])
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$"):
-        layer.apply(variables, x, mutable=["batch_stats"])
-    layer.apply(variables, x, use_running_average=True)
-    layer.apply(variables, jnp.ones((2, 8)), mutable=["batch_stats"])
+        jax.eval_shape(step, variables, x)
+    jax.eval_shape(partial(layer.apply, use_running_average=True), variables, x)
+    jax.eval_shape(step, variables, jnp.ones((2, 8)))
 
 
 def test_groups_of_a_single_value_are_warned_of():
-    layer = ChannelNorm(8)
+    def init(num_groups, shape):
+        jax.eval_shape(ChannelNorm(num_groups).init, jax.random.key(0), jnp.ones(shape))
+
     with pytest.warns(UserWarning, match=r"single value .* so its output is the bias"):
-        layer.init(jax.random.key(0), jnp.ones((2, 1, 8)))
-    layer.init(jax.random.key(0), jnp.ones((2, 2, 8)))
-    ChannelNorm(4).init(jax.random.key(0), jnp.ones((2, 8)))
+        init(8, (2, 1, 8))
+    init(8, (2, 2, 8))
+    init(4, (2, 8))
 
 
 @pytest.mark.parametrize(
@@ -275,10 +279,10 @@ def test_standardize_kernel_complains(shape, axis, message):
 
 def test_a_traced_momentum_passes():
     """As a schedule gives inside `jit`, where no value can be checked."""
-    variables = train().init(jax.random.key(0), X)
 
     @jax.jit
     def mean_after(momentum):
+        variables = train().init(jax.random.key(0), X)
         updates = train(momentum=momentum).apply(variables, X, mutable=["batch_stats"])[1]
         return updates["batch_stats"]["batch_norm"]["mean"]
 

@@ -264,10 +264,17 @@ SLOW = ("bfloat16", "adam", "tree")
 EAGER = ("float32", "sgd", "eager")
 
 
+# Of every class one, those with the most to them.
+SLOW_CASES = (
+    *("estimated", "channel_norm", "bcn", "bcn_under_mask"),
+    *("masked", "gain", "transpose_kernel", "dense"),
+)
+
+
 def combinations():
-    """Every case in two ways, networks, which take long to compile, in one; and one eagerly."""
+    """Every case in one way, every class in another; and one eagerly."""
     ways = [(name, QUICK) for name in CASES]
-    ways += [(name, SLOW) for name in CASES if name not in NETWORKS]
+    ways += [(name, SLOW) for name in SLOW_CASES]
     ways += [("bcn", EAGER)]
     for name, choice in ways:
         marks = () if choice == QUICK else pytest.mark.slow

@@ -11,16 +11,17 @@ compared is all that can be seen: outputs, statistics, gradients of inputs and p
 parameters after each step of an optimizer; in evaluation, in training, and in evaluation again;
 eager and jitted. `compare` does the same and returns the `Comparison`, which prints as a report.
 
-How to read it: what differs first explains what differs later. Each error has three sizes, absolute,
-relative, and in units in the last place, and a share of what is allowed, which follows from the
-dtype, the number of terms, and what the model makes of a rounding (`bcn_flax.parity.tolerances`).
+How to read it: what differs first explains what differs later. Each error has three sizes,
+absolute, relative, and in units in the last place, and a share of what is allowed, which follows
+from the dtype, the number of terms, and what the model makes of a rounding
+(`bcn_flax.parity.tolerances`).
 Both modules run in float64, too. Where they agree there, the report says which of them is farther
 from the truth in float32; where not, they compute different things, and it says what it found:
 another epsilon, another momentum, a biased variance here and an unbiased one there.
 
 What the harness cannot know, say: `axes`, whether three axes have channels to move; `names` and
-`rules`, which variable is which tensor and how its axes lie; `call`, how your module is told that it
-trains; `oracle`, where you have a truth of your own. PyTorch is imported only by a comparison.
+`rules`, which variable is which tensor and how its axes lie; `call`, how your module is told that
+it trains; `oracle`, where you have a truth of your own. PyTorch is imported only by a comparison.
 """
 
 from bcn_flax.parity.axes import AXES, CHANNELS, SAME, AxisOrder
