@@ -8,7 +8,7 @@ import pytest
 
 FLAX_SIDE = (
     "bcn_flax, bcn_flax.interop, bcn_flax.models, bcn_flax.models.nnx, bcn_flax.nnx, "
-    "bcn_flax.surgery.linen, bcn_flax.surgery.nnx, bcn_flax.variants"
+    "bcn_flax.parity, bcn_flax.surgery.linen, bcn_flax.surgery.nnx, bcn_flax.variants"
 )
 FOREIGN_TO_FLAX = {"torch", "bcn_torch"}
 FOREIGN_TO_TORCH = {"jax", "jaxlib", "flax", "optax", "bcn_flax"}
