@@ -21,7 +21,7 @@ prepare()
 
 # Compilation makes the first example slow, so hypothesis must not count the time. The examples are
 # the same in every run; `--hypothesis-profile explore` draws new ones, and prints what fails.
-settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
+settings.register_profile("default", deadline=None, max_examples=10, derandomize=True)
 settings.register_profile("explore", deadline=None, max_examples=200, print_blob=True)
 settings.load_profile("default")
 

@@ -11,9 +11,10 @@ from flax import linen as nn
 from flax import nnx
 
 from bcn_flax import interop
+from bcn_flax.parity.tolerances import roundings
 from parity_tests import layout
 from parity_tests.test_interop_layers import assert_same_state, normal, randomize, shapes
-from parity_tests.tolerances import assert_close, roundings
+from parity_tests.tolerances import assert_close
 
 pytestmark = pytest.mark.torch
 
