@@ -105,8 +105,7 @@ def moments(
         x = jnp.where(mask, x, 0)
         near = jnp.sum(x, space, keepdims=True) / jnp.maximum(size, 1)
     n, c = x.shape[0], x.shape[axis]
-    # One value that is not finite must not take those around it along.
-    origin = lax.stop_gradient(jnp.where(jnp.isfinite(near), near, 0)).reshape(n, c)
+    origin = _constant(near).reshape(n, c)
     deviation = centered(x, origin, axis)
     if mask is not None:
         deviation = jnp.where(mask, deviation, 0)
@@ -215,11 +214,24 @@ def _pool(m: Moments, total: Callable[..., list[Array]]) -> Moments:
     weight = _weight(m)
     size, weighted = total(weight, weight * m.mean_from_zero)
     # The mean, but for its rounding, from which the means to be pooled do not lie far.
-    origin = lax.stop_gradient(weighted / jnp.maximum(size, 1))
+    origin = _constant(weighted / jnp.maximum(size, 1))
     deviation = (m.origin - origin) + m.mean
     first, second = total(weight * deviation, weight * (m.var + jnp.square(deviation)))
     mean, second = (values / jnp.maximum(size, 1) for values in (first, second))
     return Moments(mean, _not_negative(second - jnp.square(mean)), size, origin)
+
+
+def _constant(near: Array) -> Array:
+    """An origin near `near`: finite, without derivative, and the same wherever it is computed.
+
+    Compilers compute what is cheap again in each place that needs it, and may leave out a rounding
+    there that they made elsewhere, as in a fused multiply-add. What is measured from one value
+    would be mapped from another. To round to one bit less is not left out.
+    """
+    kind = jnp.finfo(near.dtype)
+    near = lax.reduce_precision(lax.stop_gradient(near), kind.nexp, kind.nmant - 1)
+    # One value that is not finite must not take those around it along.
+    return jnp.where(jnp.isfinite(near), near, 0)
 
 
 def _weight(m: Moments) -> Array:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-from parity_tests.environment import prepare
+from parity_tests.environment import QUICK_TO_COMPILE, prepare
 
 # The tests run in several processes, whose threads would stand in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -27,13 +27,13 @@ settings.load_profile("default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Without the slow tests, leave LLVM's optimizations out, which take most of the time.
+    """Where many programs run once, compile them quickly rather than well.
 
-    What XLA does to a program stays the same. The slow tests run as programs usually do.
+    What XLA does to a program stays the same. The slow tests compile as programs usually do.
     """
-    if "not slow" in config.option.markexpr:
+    if re.search("not slow|(?<!not )mutants", config.option.markexpr):
         flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] = f"{flags} {QUICK_TO_COMPILE}"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

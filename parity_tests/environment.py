@@ -2,6 +2,12 @@
 
 import jax
 
+# For XLA: LLVM's optimizations take most of the time, and then the generators of fused kernels, for
+# which there is a simpler one before JAX 0.11.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0" + (
+    " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+)
+
 
 def prepare() -> None:
     """Set JAX up, before its first computation."""

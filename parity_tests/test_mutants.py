@@ -34,21 +34,21 @@ def checks_named(hint):
     return {name: check for name, check in checks.items() if hint in name}
 
 
-@pytest.mark.slow
+@pytest.mark.mutants
 @each(MUTANTS)
 def test_a_mutant_is_caught(mutant):
     caught = catch(mutant)
     assert caught.check, f"nothing notices {mutant.name} in {mutant.file}: {mutant.why}"
 
 
-@pytest.mark.slow
+@pytest.mark.mutants
 @each(EQUIVALENT)
 def test_an_equivalent_mutant_is_not_caught(mutant):
     caught = catch(mutant, lambda: checks_named(mutant.hint))
     assert caught.check is None, f"{caught.message}, though this is said of it: {mutant.why}"
 
 
-@pytest.mark.slow
+@pytest.mark.mutants
 def test_without_a_mutant_nothing_is_caught():
     """To import afresh is not what catches: shown by a check for each of the sources."""
     hints = {mutant.file: mutant.hint for mutant in MUTANTS}.values()

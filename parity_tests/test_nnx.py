@@ -272,12 +272,15 @@ SLOW_CASES = (
 
 
 def combinations():
-    """Every case in one way, every class in another; and one eagerly."""
+    """Every case in one way, every class in another; and one eagerly.
+
+    Of whole networks, which quick compilation rounds differently in both, with the slow tests.
+    """
     ways = [(name, QUICK) for name in CASES]
     ways += [(name, SLOW) for name in SLOW_CASES]
     ways += [("bcn", EAGER)]
     for name, choice in ways:
-        marks = () if choice == QUICK else pytest.mark.slow
+        marks = () if choice == QUICK and name not in NETWORKS else pytest.mark.slow
         yield pytest.param(CASES[name], *choice, id="-".join([name, *choice]), marks=marks)
 
 
