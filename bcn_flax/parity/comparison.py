@@ -1,33 +1,27 @@
 """Compare a Flax and a PyTorch module, number by number, through evaluation and training."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from bcn_flax import interop
 from bcn_flax.interop.matching import Transposed
 from bcn_flax.interop.naming import Names, Rules
-from bcn_flax.parity import flax_side, torch_side
+from bcn_flax.parity import checks, flax_side, judging, notes
 from bcn_flax.parity import tolerances as tolerance_rules
 from bcn_flax.parity.axes import AXES, Axes
 from bcn_flax.parity.diagnosis import explanations
 from bcn_flax.parity.flax_side import Call, Module
-from bcn_flax.parity.observations import Observation, Side, Values
 from bcn_flax.parity.optimizers import Optimizer, sgd
+from bcn_flax.parity.phases import Inputs, phases
 from bcn_flax.parity.report import Comparison
-from bcn_flax.parity.rows import Allowance, Row, Truth, compare_observations, sensitivity
-from bcn_flax.parity.tolerances import Tolerance, roundings
-from bcn_flax.parity.twins import Twins, Weights, in_float64, twins
-
-Inputs = Any | tuple[Any, ...]
-Oracle = Callable[[Mapping[str, Any]], Side]
-
-TORCH, TORCH_64, SHAKEN = "PyTorch", "PyTorch in float64", "PyTorch in float64, shaken"
-JITTED, EAGER, FLAX_64 = "Flax, jitted", "Flax, eager", "Flax in float64"
-ORACLE = "the oracle"
+from bcn_flax.parity.settings import different_settings
+from bcn_flax.parity.sides import ORACLE as ORACLE
+from bcn_flax.parity.sides import Oracle, precisions, sides
+from bcn_flax.parity.tolerances import Tolerance
+from bcn_flax.parity.twins import Weights, in_float64, twins
 
 
 def assert_parity(
@@ -108,11 +102,11 @@ def compare(
         optimizer: on both sides; by default stochastic gradient descent with momentum.
         eager: whether to run Flax eagerly too.
         oracle: makes, of Flax's variables in float64, a `Side` that computes the truth
-            independently. All are then compared with it, instead of with each other. What it does
-            not show is not compared.
+            independently. All are then compared with it, and with each other in what it does not
+            show.
         tolerances: other tolerances for some numbers, the last that fits; one that is wider must
             give a reason.
-        precision: the narrowest dtype that is computed in, by default that of the numbers; float32
+        precision: the narrowest dtype to compute in, by default that of the numbers; float32
             demands of a layer for bfloat16 that it only rounds its results.
         axes: how those of inputs and outputs lie, by rank or by name, as in
             `{**AXES, 3: SAME, "input 1": SAME}`.
@@ -125,11 +119,12 @@ def compare(
         seed: of the output gradients and of random weights.
 
     Raises:
-        ValueError: the weights do not match, an order of axes is not known, a wider tolerance has
-            no reason, or there is dropout; the message says what to do.
+        ValueError: the weights do not match, the order of axes is not known, inputs and modules are
+            of different precision, a wider tolerance has no reason, or there is dropout; the
+            message says what to do.
     """
     tolerance_rules.check(tolerances)
-    torch_side.refuse_dropout(torch_module)
+    checks.refuse_dropout(torch_module)
     matching: dict[str, Any] = {
         "names": names,
         "rules": rules,
@@ -137,11 +132,12 @@ def compare(
         "flattened": flattened,
     }
     rng = np.random.default_rng(seed)
-    phases = _phases(inputs, steps)
+    plan = phases(inputs, steps)
+    first = plan[0].inputs
     native = twins(
         flax_module,
         torch_module,
-        phases[0].inputs,
+        first,
         weights=weights,
         variables=variables,
         call=call,
@@ -149,132 +145,30 @@ def compare(
         rng=rng,
         **matching,
     )
-    wide = in_float64(native, **matching)
-    sides, notes = _sides(native, wide, phases[0].inputs, optimizer or sgd(), eager, oracle)
-    rows: list[Row] = []
-    for phase in phases:
-        dys = [_output_gradient(y, rng) for y in native.outputs(phase.inputs, phase.train)]
-        seen = {name: side(phase.inputs, dys, phase.train) for name, side in sides.items()}
-        rows += _rows(phase, seen, precision, tolerances)
-    _check_names(tolerances, rows)
-    passed = all(row.passed for row in rows)
-    hints = []
-    if not passed:
-        hints = explanations(wide, flax_side.in_float64(list(phases[0].inputs)), rows)
-    return Comparison(tuple(rows), native.match, notes, tuple(hints))
-
-
-class _Phase(NamedTuple):
-    name: str
-    inputs: Sequence[Values]
-    train: bool
-    steps: int  # of training, this one included
-
-
-def _phases(inputs: Inputs, steps: int | Sequence[Inputs]) -> list[_Phase]:
-    first = _as_arrays(inputs)
-    batches = [first] * steps if isinstance(steps, int) else list(map(_as_arrays, steps))
-    return [
-        _Phase("evaluation", first, False, 1),
-        *(_Phase(f"training step {i}", batch, True, i) for i, batch in enumerate(batches, 1)),
-        _Phase("evaluation after training", first, False, len(batches) + 1),
-    ]
-
-
-def _as_arrays(inputs: Inputs) -> list[Values]:
-    return list(map(np.asarray, inputs if isinstance(inputs, tuple) else (inputs,)))
-
-
-def _sides(
-    native: Twins,
-    wide: Twins,
-    inputs: Sequence[Values],
-    optimizer: Optimizer,
-    eager: bool,
-    oracle: Oracle | None,
-) -> tuple[dict[str, Side], tuple[str, ...]]:
-    """All that compute, by name, and what to say of them."""
-    sides: dict[str, Side] = {JITTED: native.flax_side(optimizer, jit=True)}
-    if eager:
-        sides[EAGER] = native.flax_side(optimizer, jit=False)
-    sides[TORCH] = native.torch_side(optimizer)
-    sides[TORCH_64] = _Wide(wide.torch_side(optimizer))
-    sides[SHAKEN] = _Wide(wide.torch_side(optimizer, shake=np.random.default_rng(0)))
-    if oracle is not None:
-        sides[ORACLE] = _Wide(oracle(wide.variables))
-        return sides, ()
-    if native.wide:
-        return sides, ()
-    if not wide.flax_is_wide(inputs):
-        return sides, (
-            "Flax's module does not compute in float64, as some `dtype` in it says: there is no "
-            "comparison in float64, and so no telling of formulas from roundings.",
+    checks.refuse_noise(native, first)
+    checks.refuse_other_outputs(native, first)
+    wide, wide_first = in_float64(native, **matching), flax_side.in_float64(first)
+    errors = precisions(native, plan, precision)
+    narrowing = [] if native.wide or oracle else wide.narrowing(wide_first)
+    rows = judging.initial(native) if weights == "own" else []
+    misshapen = judging.misshapen(native, first)
+    rows += misshapen
+    if not misshapen:
+        everybody = sides(
+            native,
+            wide,
+            optimizer or sgd(),
+            errors,
+            eager=eager,
+            oracle=oracle,
+            compare_wide=not (native.wide or oracle or narrowing),
         )
-    sides[FLAX_64] = _Wide(wide.flax_side(optimizer, jit=True))
-    return sides, ()
-
-
-class _Wide:
-    """A side in float64, that takes inputs of any precision."""
-
-    def __init__(self, side: Side) -> None:
-        self._side = side
-
-    def __call__(
-        self, inputs: Sequence[Values], output_gradients: Sequence[Values], train: bool
-    ) -> Observation:
-        inputs, output_gradients = map(flax_side.in_float64, (inputs, output_gradients))
-        return self._side(inputs, output_gradients, train)
-
-
-def _output_gradient(y: jax.ShapeDtypeStruct, rng: np.random.Generator) -> Values:
-    """The same for all sides, in the type of the output."""
-    floating = flax_side.is_differentiable(y)
-    return rng.standard_normal(y.shape).astype(y.dtype if floating else np.float32)
-
-
-def _rows(
-    phase: _Phase,
-    seen: Mapping[str, Observation],
-    precision: DTypeLike | None,
-    tolerances: Sequence[Tolerance],
-) -> list[Row]:
-    """All comparisons of one phase."""
-    allowance = Allowance(
-        roundings(_largest_reduction(seen[TORCH]), phase.steps),
-        sensitivity(seen[TORCH_64], seen[SHAKEN]),
-        precision,
-        tolerances,
-    )
-
-    def compare(actual: str, expected: str, truth: Truth | None = None) -> list[Row]:
-        sides = (actual, expected)
-        return compare_observations(
-            phase.name, sides, seen[actual], seen[expected], allowance, truth
-        )
-
-    native = [side for side in (JITTED, EAGER) if side in seen]
-    if ORACLE in seen:
-        truth = Truth(seen[ORACLE], seen[ORACLE], seen[TORCH])
-        by_flax = [row for side in native for row in compare(side, ORACLE, truth)]
-        return by_flax + compare(TORCH, ORACLE)
-    if FLAX_64 not in seen:
-        return [row for side in native for row in compare(side, TORCH)]
-    truth = Truth(seen[TORCH_64], seen[FLAX_64], seen[TORCH])
-    by_flax = [row for side in native for row in compare(side, TORCH, truth)]
-    return by_flax + compare(FLAX_64, TORCH_64)
-
-
-def _check_names(tolerances: Sequence[Tolerance], rows: Sequence[Row]) -> None:
-    """Refuse a tolerance for nothing, which would be a misspelled one."""
-    for tolerance in tolerances:
-        if not any(tolerance_rules.of(str(row.name), [tolerance]) for row in rows):
-            names = sorted({str(row.name) for row in rows})
-            raise ValueError(f"{tolerance} is for none of the numbers compared: {names}.")
-
-
-def _largest_reduction(seen: Observation) -> int:
-    """How many numbers are summed at most: all of a channel, or all of a sample."""
-    return max(
-        x.size // max(1, min(x.shape[0], x.shape[-1])) if x.ndim else 1 for x in seen.values()
-    )
+        judge = judging.Judge(errors, tolerances)
+        for phase in plan:
+            rows += judge.rows(phase, judging.observe(phase, everybody, native, rng))
+        judging.check_names(tolerances, rows)
+    hints = list(different_settings(wide, wide_first))
+    if not all(row.passed for row in rows):
+        hints = explanations(wide, wide_first, hints, rows)
+    said = notes.of(torch_module, native, weights, narrowing)
+    return Comparison(tuple(rows), native.match, tuple(said), tuple(hints))

@@ -1,176 +1,138 @@
-"""What may explain that two modules differ: their settings, and how their statistics move."""
+"""What may explain that two modules differ."""
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from flax import linen as nn
-from flax import nnx
 
-from bcn_flax.interop import trees
-from bcn_flax.parity.observations import Name, Observation, Side, Values
-from bcn_flax.parity.optimizers import sgd
+from bcn_flax.parity import modules
+from bcn_flax.parity.errors import eps, narrowest
+from bcn_flax.parity.movements import different_movements
+from bcn_flax.parity.observations import Values
 from bcn_flax.parity.rows import Row
+from bcn_flax.parity.sides import FLAX_64, JITTED, TORCH, TORCH_64
 from bcn_flax.parity.twins import Twins
 
-_Path = tuple[str, ...]
+_GROWTH = 1e3  # of a parameter in training, beyond which it diverges
 
 
-def explanations(them: Twins, inputs: Sequence[Values], rows: Iterable[Row]) -> list[str]:
+def explanations(
+    them: Twins, inputs: Sequence[Values], settings: Sequence[str], rows: Sequence[Row]
+) -> list[str]:
     """Sentences for the reader.
 
     Args:
         them: in float64.
         inputs: of the first call.
+        settings: in which their layers differ.
         rows: of the comparison.
     """
-    settings = list(_settings(them, inputs))
     # The rates of the statistics tell of a momentum that no argument tells of.
     rates = not any("momentum" in sentence for sentence in settings)
-    return [*settings, *_statistics(them, inputs, rates), *_formulas(rows)]
+    return [
+        *_first_modules(them, inputs),
+        *settings,
+        *different_movements(them, inputs, rates),
+        *_optimizers(rows),
+        *_divergence(rows),
+        *_formulas(rows),
+    ]
 
 
-def _settings(them: Twins, inputs: Sequence[Values]) -> Iterator[str]:
-    """Arguments of layers that are the same layer and have other values."""
-    flax = _flax_settings(them, inputs)
-    torch = dict(them.torch.named_modules())
-    for path, name in _modules(them).items():
-        ours, theirs = flax.get(path, {}), torch[name]
-        eps, momentum = (getattr(theirs, key, None) for key in ("eps", "momentum"))
-        where = f"{'/'.join(path) or 'the layer'}"
-        if _differ(ours.get("epsilon"), eps):
-            yield f"{where}: epsilon is {ours['epsilon']:g} in Flax, and eps {eps:g} in PyTorch."
-        if momentum is not None and _differ(ours.get("momentum"), 1 - momentum):
-            yield (
-                f"{where}: momentum is {ours['momentum']:g} in Flax and {momentum:g} in PyTorch, "
-                f"where it is the weight of the new value: {1 - momentum:g} in Flax's words."
-            )
+def _first_modules(them: Twins, inputs: Sequence[Values]) -> Iterator[str]:
+    """Where on the way forward the outputs begin to differ, in evaluation and in training."""
+    found: dict[str, list[str]] = {}
+    for mode, train in (("evaluation", False), ("training", True)):
+        for sentence in _first_module(them, inputs, train):
+            found.setdefault(sentence, []).append(mode)
+    for sentence, modes in found.items():
+        yield f"In {' and '.join(modes)}, {sentence}"
 
 
-def _modules(them: Twins) -> dict[_Path, str]:
-    """By their paths in Flax, the modules that have parameters or statistics, in PyTorch."""
-    return {pair.path[1:-1]: pair.module for pair in them.match.pairs}
-
-
-def _differ(a: Any, b: Any) -> bool:
-    return isinstance(a, int | float) and isinstance(b, int | float) and not math.isclose(a, b)
-
-
-def _flax_settings(them: Twins, inputs: Sequence[Values]) -> dict[_Path, dict[str, Any]]:
-    """By path, the epsilon and momentum of Flax's modules."""
-    found: dict[_Path, dict[str, Any]] = {}
-
-    def note(path: _Path, module: Any) -> None:
-        found[path] = {key: getattr(module, key, None) for key in ("epsilon", "momentum")}
-
-    if isinstance(them.flax, nnx.Module):
-        for place, module in nnx.iter_modules(them.flax):
-            note(trees.joined(place), module)
-        return found
-
-    def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        note(context.module.path, context.module)
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(intercept):
-        them.outputs(inputs, train=True)
-    return found
-
-
-class _Movement(NamedTuple):
-    """How running statistics move while the same batch comes again and again.
-
-    Attributes:
-        rate: the part of the way that they go at each step; None if not the same for all channels.
-        target: where they go, which is the statistic of the batch.
-    """
-
-    rate: float | None
-    target: Values
-
-
-def _statistics(them: Twins, inputs: Sequence[Values], rates: bool) -> Iterator[str]:
-    """In what the running statistics of the two sides differ, seen from how they move."""
-    start = {
-        Name("statistic", "/".join(path[1:])): np.asarray(leaf)
-        for path, leaf in trees.flax_leaves(them.variables).items()
-        if path[0] == "batch_stats"
-    }
-    if not start:
+def _first_module(them: Twins, inputs: Sequence[Values], train: bool) -> Iterator[str]:
+    paths = {name: path for path, name in modules.pairs(them).items()}
+    flax = modules.flax_calls(them, inputs, train)
+    torch = modules.torch_calls(them, inputs, train)
+    agree = None
+    for name in torch:
+        path = paths.get(name)
+        if path is None or path not in flax:
+            continue
+        if not _differ(flax[path], torch[name]):
+            agree = path
+            continue
+        sentence = f"the first module whose output differs is {modules.written(path)}"
+        if agree is not None:
+            sentence += f"; the last before it that agrees is {modules.written(agree)}"
+        yield f"{sentence}."
         return
-    # A rate of 0 leaves the parameters, and so the statistics of the batch, as they are.
-    still = sgd(rate=0.0)
-    sides = them.flax_side(still, jit=True), them.torch_side(still)
-    flax, torch = (_movements(side, them, inputs, start) for side in sides)
-    for name in start:
-        if rates:
-            yield from _compared_rates(name.path, flax[name].rate, torch[name].rate)
-        yield from _compared_targets(name.path, flax[name], torch[name])
 
 
-def _movements(
-    side: Side, them: Twins, inputs: Sequence[Values], start: Observation
-) -> dict[Name, _Movement]:
-    outputs = them.outputs(inputs, train=True)
-    zeros = [np.zeros(y.shape, y.dtype) for y in outputs]
-    first, second = (side(inputs, zeros, True) for _ in range(2))
-    return {name: _movement(start[name], first[name], second[name]) for name in start}
+def _differ(flax: Sequence[Values], torch: Sequence[Values]) -> bool:
+    """Whether outputs clearly differ: in number, in size, or in value in any order of the axes."""
+    return len(flax) != len(torch) or any(map(_clearly_differ, flax, torch))
 
 
-def _movement(start: Values, first: Values, second: Values) -> _Movement:
-    step = first - start
-    large = np.abs(step) > 1e-6 * np.abs(step).max(initial=0.0)
-    if not large.any():
-        return _Movement(0.0, first)
-    rates = 1 - (second - first)[large] / step[large]
-    if not np.allclose(rates, rates[0], rtol=1e-6) or not rates[0] > 0:
-        return _Movement(None, first)
-    return _Movement(float(np.median(rates)), start + step / np.median(rates))
+def _clearly_differ(a: Values, b: Values) -> bool:
+    orders = [x for x in (b, *([np.moveaxis(b, 1, -1)] * (b.ndim > 2))) if x.shape == a.shape]
+    if not orders:
+        return a.size != b.size
+    return not any(_agree(a, order) for order in orders)
 
 
-def _compared_rates(path: str, flax: float | None, torch: float | None) -> Iterator[str]:
-    if flax is None or torch is None or math.isclose(flax, torch, rel_tol=1e-6):
-        return
-    yield (
-        f"{path} goes {flax:.3g} of the way to the batch's at each step in Flax and {torch:.3g} in "
-        f"PyTorch: as if momentum were {1 - flax:.3g} in Flax, where it is the weight of the old "
-        f"value, and {torch:.3g} in PyTorch, where it is that of the new one."
-    )
-    if math.isclose(flax + torch, 1, rel_tol=1e-6):
-        yield "One momentum is 1 minus what it should be: the other side's, taken as it is?"
+def _agree(a: Values, b: Values) -> bool:
+    """Whether two arrays of one shape agree in half of their digits."""
+    near = eps(narrowest((a.dtype, b.dtype))) ** 0.5
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    largest = np.abs(b[np.isfinite(b)]).max(initial=0.0)
+    return np.allclose(a, b, rtol=near, atol=near * largest, equal_nan=True)
 
 
-def _compared_targets(path: str, flax: _Movement, torch: _Movement) -> Iterator[str]:
-    if not flax.rate or not torch.rate or not flax.target.all():
-        return
-    ratios = torch.target / flax.target
-    ratio = float(np.median(ratios))
-    if not np.allclose(ratios, ratio, rtol=1e-6) or math.isclose(ratio, 1, rel_tol=1e-9):
-        return
-    sentence = f"{path} goes to {ratio:.6g} times Flax's in PyTorch"
-    values = 1 / (1 - min(ratio, 1 / ratio))
-    if path.endswith("var") and abs(values - round(values)) < 1e-3:
-        correction, kinds = (
-            ("n / (n - 1)", "biased in Flax, unbiased in PyTorch")
-            if ratio > 1
-            else ("(n - 1) / n", "unbiased in Flax, biased in PyTorch")
-        )
-        sentence += f", which is {correction} for n = {round(values)} values: {kinds}"
-    yield f"{sentence}."
-
-
-def _formulas(rows: Iterable[Row]) -> Iterator[str]:
-    """Whether it is a matter of rounding at all."""
-    rows = list(rows)
-    if not any("in float64" in row.sides[0] for row in rows):
-        return
-    # Where float64 makes a difference vanish, the truth is known, and with it who is off.
-    first = next(row for row in rows if not row.passed)
-    if first.from_truth is None:
-        yield "They differ in float64 as well: this is no rounding, they compute different things."
-    else:
+def _optimizers(rows: Sequence[Row]) -> Iterator[str]:
+    """Whether it is the optimizer's steps alone that differ, in the first phase that does."""
+    failed = [row for row in rows if not row.passed]
+    first = {row.name.quantity for row in failed if row.phase == failed[0].phase}
+    if first == {"parameter"} and failed[0].phase.startswith("training"):
         yield (
-            "In float64 they agree, or nearly: they compute the same, and one rounds more. The "
-            "table says which is farther from the truth."
+            "All gradients agree, and the parameters after the step do not: the two optimizers "
+            "differ in their constants or their formulas."
         )
+
+
+def _divergence(rows: Sequence[Row]) -> Iterator[str]:
+    """Whether training blows up, and so every rounding with it."""
+    scales: dict[str, list[float]] = {}
+    for row in rows:
+        if row.name.quantity == "parameter":
+            scales.setdefault(row.name.path, []).append(row.error.scale)
+    growth = {path: s[-1] / s[0] for path, s in scales.items() if s[0] > 0}
+    path = max(growth, key=growth.__getitem__, default="")
+    if path and growth[path] > _GROWTH:
+        yield (
+            f"Training diverges: {path} grows to {growth[path]:.2g} times its size, and every "
+            "rounding with it. Give an optimizer with a smaller rate."
+        )
+
+
+def _formulas(rows: Sequence[Row]) -> Iterator[str]:
+    """Whether it is a matter of rounding at all."""
+    native = {
+        (row.phase, row.name): row.error.absolute.error
+        for row in rows
+        if row.sides == (JITTED, TORCH)
+    }
+    wide = [row for row in rows if row.sides == (FLAX_64, TORCH_64)]
+    failed = [row for row in wide if not row.passed]
+    if not wide:
+        return
+    if all(row.error.absolute.error < 1e-3 * native[row.phase, row.name] for row in failed):
+        yield (
+            "In float64 they are as near as its precision: they compute the same, and one rounds "
+            "more. The table says which is farther from the truth."
+        )
+    elif max(row.worst.error for row in failed) * eps(np.float64) < eps(np.float32):
+        yield (
+            "They differ in float64 as well, by no more than roundings of float32 do: a small "
+            "constant differs, or something is computed in float32 on one side even there."
+        )
+    else:
+        yield "They differ in float64 as well: this is no rounding, they compute different things."

@@ -1,7 +1,9 @@
 """How far two arrays are apart, and where."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
@@ -43,13 +45,13 @@ _NOWHERE = Worst(0.0, ())
 
 
 def eps(dtype: DTypeLike) -> float:
-    """The spacing of numbers at 1, of any floating dtype of NumPy or JAX."""
-    return float(ml_dtypes.finfo(dtype).eps)
+    """The spacing of numbers at 1, of any floating dtype of NumPy or JAX; 0 of whole numbers."""
+    return float(ml_dtypes.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else 0.0
 
 
-def narrower(a: DTypeLike, b: DTypeLike) -> np.dtype[Any]:
-    """The less precise of two floating dtypes."""
-    return max(np.dtype(a), np.dtype(b), key=eps)
+def narrowest(dtypes: Iterable[DTypeLike]) -> np.dtype[Any]:
+    """The least precise of dtypes."""
+    return np.dtype(max(dtypes, key=eps))
 
 
 def error(actual: Values, expected: Values, dtype: DTypeLike) -> Error:
@@ -59,7 +61,7 @@ def error(actual: Values, expected: Values, dtype: DTypeLike) -> Error:
     of the errors.
     """
     if actual.shape != expected.shape:
-        mismatch = f"has shape {actual.shape} on one side and {expected.shape} on the other"
+        mismatch = f"has shape {actual.shape} against {expected.shape}, in Flax's order of axes"
         return Error(_NOWHERE, _NOWHERE, _NOWHERE, 0.0, mismatch)
     a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     finite = np.isfinite(a) & np.isfinite(b)
@@ -83,8 +85,8 @@ def _worst(errors: Values) -> Worst:
 
 
 def _ulp(x: Values, dtype: DTypeLike) -> Values:
-    """The spacing of the numbers of a dtype at `x`."""
-    info = ml_dtypes.finfo(dtype)
+    """The spacing of the numbers of a dtype at `x`; of whole numbers, as if in float64."""
+    info = ml_dtypes.finfo(dtype if eps(dtype) else np.float64)
     exponent = np.frexp(np.maximum(x, float(info.smallest_normal)))[1] - 1
     return np.ldexp(float(info.eps), exponent)
 

@@ -50,7 +50,7 @@ def shapes_of(module: Module, inputs: Sequence[Values], call: Call | None) -> di
     keywords = (call or mode_argument(module))(False)
     # PyTorch's weights replace all initial values: the keys are of no consequence.
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-    variables = jax.eval_shape(lambda: module.init(keys, *inputs, **keywords))
+    variables = jax.eval_shape(partial(module.init, **keywords), keys, *inputs)
     return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
 
 

@@ -12,6 +12,7 @@ class Optimizer(NamedTuple):
     Attributes:
         flax: optax's.
         torch: makes PyTorch's, of a module's parameters.
+        error: of a step, for what the optimizer itself computes; 1 is that of an operation.
 
     Example:
         >>> import optax
@@ -23,6 +24,7 @@ class Optimizer(NamedTuple):
 
     flax: optax.GradientTransformation
     torch: Callable[[Iterable[Any]], Any]
+    error: float = 1.0
 
 
 def sgd(rate: float = 0.1, momentum: float = 0.9) -> Optimizer:
@@ -48,4 +50,6 @@ def adam(rate: float = 1e-3) -> Optimizer:
 
         return torch.optim.Adam(parameters, rate)
 
-    return Optimizer(optax.adam(rate), torch_adam)
+    # Optax has 1 - 0.999 in the precision of the parameters, where it loses three digits, and takes
+    # the root of it.
+    return Optimizer(optax.adam(rate), torch_adam, error=32)

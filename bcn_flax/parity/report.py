@@ -1,14 +1,19 @@
 """What a comparison says to a reader."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from math import inf
 
 from bcn_flax import interop
+from bcn_flax.parity.errors import Worst
 from bcn_flax.parity.observations import QUANTITIES
 from bcn_flax.parity.rows import Row
 
+Sides = tuple[str, str]
+
 _SHOWN = 8  # differences; the rest usually follow from the first
+_OF_ALLOWED = "of allowed"
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Comparison:
         rows: in the order in which the numbers come about.
         match: which of PyTorch's tensors is which of Flax's variables.
         notes: what a reader should know.
-        hints: if the modules differ, what may explain it.
+        hints: what may explain that the modules differ; if they do not, in what their settings do.
     """
 
     rows: tuple[Row, ...]
@@ -35,22 +40,35 @@ class Comparison:
     def __str__(self) -> str:
         """What differs, if anything does, and a table of the largest errors."""
         verdict = _agreement(self.rows) if self.passed else _differences(self.rows)
-        parts = [verdict, *_explained(self.hints), _table(self.rows), *_widened(self.rows)]
+        hints = _explained(self.hints, self.passed)
+        parts = [verdict, *hints, _table(self.rows), *_widened(self.rows)]
         return "\n\n".join([*parts, *self.notes])
 
 
-def worst_rows(rows: Iterable[Row]) -> dict[tuple[tuple[str, str], str], Row]:
+def worst_rows(rows: Iterable[Row]) -> dict[tuple[Sides, str], Row]:
     """Of each pair of sides and each quantity, the row that comes nearest to its tolerance."""
-    worst: dict[tuple[tuple[str, str], str], Row] = {}
+    return {key: errors[_OF_ALLOWED][0] for key, errors in _largest(rows).items()}
+
+
+def _largest(rows: Iterable[Row]) -> dict[tuple[Sides, str], dict[str, tuple[Row, Worst]]]:
+    """Of each pair of sides and each quantity, by measure, the largest error and its row."""
+    largest: dict[tuple[Sides, str], dict[str, tuple[Row, Worst]]] = {}
     for row in rows:
-        key = row.sides, row.name.quantity
-        if key not in worst or _badness(row) > _badness(worst[key]):
-            worst[key] = row
-    return worst
+        errors = largest.setdefault((row.sides, row.name.quantity), {})
+        for measure, worst in _measures(row).items():
+            if measure not in errors or worst.error > errors[measure][1].error:
+                errors[measure] = row, worst
+    return largest
 
 
-def _badness(row: Row) -> tuple[bool, float]:
-    return bool(row.error.mismatch), row.worst.error
+def _measures(row: Row) -> dict[str, Worst]:
+    error = row.error
+    return {
+        "absolute": error.absolute,
+        "relative": error.relative,
+        "ulps": error.ulps,
+        _OF_ALLOWED: row.worst,
+    }
 
 
 def _agreement(rows: Sequence[Row]) -> str:
@@ -72,7 +90,7 @@ def _differences(rows: Sequence[Row]) -> str:
         lines += [f"    {_difference(row)}" for row in members[:_SHOWN]]
         if len(members) > _SHOWN:
             lines.append(f"    and {len(members) - _SHOWN} more")
-    later = sorted({row.phase for row in failed if row.phase != phase})
+    later = dict.fromkeys(row.phase for row in failed if row.phase != phase)
     if later:
         lines.append(f"Later also in: {', '.join(later)}.")
     return "\n".join(lines)
@@ -80,24 +98,24 @@ def _differences(rows: Sequence[Row]) -> str:
 
 def _difference(row: Row) -> str:
     if row.error.mismatch:
-        return f"{row.name}: {row.error.mismatch}"
+        return f"{row.name}: {row.error.mismatch}{_judged(row)}"
     apart = abs(row.values[0] - row.values[1])
-    text = (
+    return (
         f"{row.name}: {apart:.2g} apart at {row.worst.place}, {row.allowed:.2g} allowed: "
-        f"{row.values[0]:.9g} against {row.values[1]:.9g}"
+        f"{row.values[0]:.9g} against {row.values[1]:.9g}{_judged(row)}"
     )
+
+
+def _judged(row: Row) -> str:
     if row.from_truth is None:
-        return text
+        return ""
     farther = row.from_truth.farther
-    return (
-        f"{text}; {farther} is {'clearly ' if farther == 'neither' else ''}farther from the truth"
-    )
+    return f"; {farther} is {'clearly ' * (farther == 'neither')}farther from the truth"
 
 
-def _explained(hints: Sequence[str]) -> list[str]:
-    return (
-        ["\n".join(["What may explain it:", *(f"  - {hint}" for hint in hints)])] if hints else []
-    )
+def _explained(hints: Sequence[str], passed: bool) -> list[str]:
+    heading = "They agree, but their settings differ:" if passed else "What may explain it:"
+    return ["\n".join([heading, *(f"  - {hint}" for hint in hints)])] if hints else []
 
 
 def _widened(rows: Iterable[Row]) -> list[str]:
@@ -111,34 +129,37 @@ def _widened(rows: Iterable[Row]) -> list[str]:
 
 
 def _table(rows: Iterable[Row]) -> str:
-    """The largest errors, by pair of sides and quantity."""
-    worst = worst_rows(rows)
+    """The largest errors, by pair of sides, quantity and measure."""
+    largest = _largest(rows)
     lines = []
-    header = ("", "absolute", "relative", "ulps", "of allowed", "farther from truth", "worst at")
-    for sides in dict.fromkeys(sides for sides, _ in worst):
-        cells = [
-            (quantity, *_cells(worst[sides, quantity]))
-            for quantity in QUANTITIES
-            if (sides, quantity) in worst
-        ]
-        lines.append(f"{sides[0]}, against {sides[1]}: largest errors")
-        lines += _aligned([header, *cells])
+    for sides in dict.fromkeys(sides for sides, _ in largest):
+        table: list[tuple[str, ...]] = [("", "", "largest", "farther from the truth", "where")]
+        for quantity in QUANTITIES:
+            table += _lines(quantity, largest.get((sides, quantity), {}))
+        lines += [f"{sides[0]}, against {sides[1]}:", *_aligned(table)]
     return "\n".join(lines)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        f"{row.error.absolute.error:.2g}",
-        f"{row.error.relative.error:.2g}",
-        f"{row.error.ulps.error:.3g}",
-        "not finite" if row.error.mismatch else _share(row.worst.error),
-        row.from_truth.farther if row.from_truth else "",
-        f"{row.phase}, {row.name} {row.worst.place}",
-    )
+def _lines(quantity: str, errors: Mapping[str, tuple[Row, Worst]]) -> Iterator[tuple[str, ...]]:
+    """A line of the table for each measure, or one if there is no error."""
+    found = {measure: largest for measure, largest in errors.items() if largest[1].error}
+    if errors and not found:
+        yield quantity, "exact", "", "", ""
+    for measure, (row, worst) in found.items():
+        yield (
+            quantity,
+            measure,
+            _share(worst.error) if measure == _OF_ALLOWED else f"{worst.error:.3g}",
+            row.from_truth.farther if row.from_truth else "",
+            f"{row.phase}, {row.name} {worst.place}",
+        )
+        quantity = ""
 
 
 def _share(used: float) -> str:
-    return f"{used:.1%}" if used < 10 else f"{used:.2g} times"
+    if used <= 1:
+        return f"{used:.1%}"
+    return f"{used:.2g} times" if used < inf else "unequal"
 
 
 def _aligned(table: Sequence[tuple[str, ...]]) -> list[str]:

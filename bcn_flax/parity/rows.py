@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from bcn_flax.parity import tolerances
-from bcn_flax.parity.errors import Error, Worst, eps, error, narrower
+from bcn_flax.parity.errors import Error, Worst, eps, error, narrowest
 from bcn_flax.parity.observations import QUANTITIES, Name, Observation, Values
-from bcn_flax.parity.tolerances import SHAKE, Tolerance
+from bcn_flax.parity.tolerances import Tolerance
 
 
 class FromTruth(NamedTuple):
@@ -23,6 +24,28 @@ class FromTruth(NamedTuple):
         if max(self) <= 2 * min(self):
             return "neither"
         return "Flax" if self.flax > self.torch else "PyTorch"
+
+
+class Truth(NamedTuple):
+    """What errors are measured from.
+
+    Attributes:
+        expected: the truth, such as PyTorch's module in float64.
+        other: the same from elsewhere, such as Flax's module in float64.
+        torch: what PyTorch shows in the precision at hand.
+    """
+
+    expected: Observation
+    other: Observation
+    torch: Observation
+
+    def distances(self, name: Name, flax: Values, dtype: DTypeLike) -> FromTruth | None:
+        """How far both sides are from the truth, if it is known much better than that."""
+        if name not in self.expected:
+            return None
+        shown = flax, self.torch[name], self.other[name]
+        *sides, doubt = (_distance(x, self.expected[name], dtype) for x in shown)
+        return FromTruth(*sides) if doubt <= max(sides) / 100 else None
 
 
 class Row(NamedTuple):
@@ -55,61 +78,45 @@ class Row(NamedTuple):
     @property
     def passed(self) -> bool:
         """Whether the two sides agree."""
-        return self.worst.error <= 1 and not self.error.mismatch
-
-
-class Truth(NamedTuple):
-    """What errors are measured from.
-
-    Attributes:
-        expected: the truth, such as PyTorch's module in float64.
-        other: the same from elsewhere, such as Flax's module in float64.
-        torch: what PyTorch shows in the precision at hand.
-    """
-
-    expected: Observation
-    other: Observation
-    torch: Observation
-
-    def is_known(self, name: Name, difference: Error) -> bool:
-        """Whether the two truths are much nearer to each other than what is to be judged."""
-        if name not in self.expected:
-            return False
-        doubt = error(self.other[name], self.expected[name], np.float64)
-        return not doubt.mismatch and doubt.absolute.error <= difference.absolute.error / 100
+        return self.worst.error <= 1
 
 
 class Allowance(NamedTuple):
-    """What the tolerances of one phase follow from.
+    """What the tolerances of one phase follow from; see `bcn_flax.parity.tolerances`.
 
     Attributes:
-        roundings: how many of them are allowed.
-        sensitivity: of each number to a relative change of 1 in everything before it.
-        precision: the narrowest dtype of arithmetic; None is that of the numbers.
+        dtype: in which the numbers are computed; None for that in which they are stored.
+        error: of an operation, relatively.
+        steps: of training so far.
+        shaken: how far each array went when everything before it was shaken by that error.
         tolerances: the caller's.
     """
 
-    roundings: float
-    sensitivity: Mapping[Name, float]
-    precision: Any
+    dtype: np.dtype[Any] | None
+    error: float
+    steps: int
+    shaken: Mapping[Name, float]
     tolerances: Sequence[Tolerance]
 
 
-def sensitivity(plain: Observation, shaken: Observation) -> dict[Name, float]:
-    """How far all numbers went when everything was changed by one rounding, over that rounding."""
-    with np.errstate(invalid="ignore"):
-        distance = {name: np.abs(shaken[name] - plain[name]) for name in plain}
-    return {
-        name: float(np.max(d, where=np.isfinite(d), initial=0.0)) / SHAKE
-        for name, d in distance.items()
-    }
+EXACT = Allowance(None, 0.0, 0, {}, ())
+
+
+def how_far(plain: Observation, shaken: Observation) -> dict[Name, float]:
+    """How far the values of each array went, at most."""
+
+    def distance(x: Values, y: Values) -> float:
+        with np.errstate(invalid="ignore"):
+            d = np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))
+        return float(np.max(d, where=np.isfinite(d), initial=0.0))
+
+    return {name: distance(shaken[name], plain[name]) for name in plain}
 
 
 def compare_observations(
     phase: str,
     sides: tuple[str, str],
-    actual: Observation,
-    expected: Observation,
+    seen: Mapping[str, Observation],
     allowance: Allowance,
     truth: Truth | None = None,
 ) -> list[Row]:
@@ -118,20 +125,23 @@ def compare_observations(
     Args:
         phase: when.
         sides: who is compared with whom.
-        actual: what the one, Flax or PyTorch, shows.
-        expected: what the other shows.
+        seen: what they show.
         allowance: how far they may be apart.
         truth: to say whether Flax or PyTorch is farther from it.
     """
+    actual, expected = (seen[side] for side in sides)
     rows = []
     for name in sorted((n for n in expected if n in actual), key=_order):
         row = _row(phase, sides, name, actual[name], expected[name], allowance)
-        if truth is not None and truth.is_known(name, row.error):
-            ends = (actual[name], truth.torch[name])
-            errors = (error(x, truth.expected[name], row.dtype).absolute.error for x in ends)
-            row = row._replace(from_truth=FromTruth(*errors))
+        if truth is not None:
+            row = row._replace(from_truth=truth.distances(name, actual[name], row.dtype))
         rows.append(row)
     return rows
+
+
+def _distance(x: Values, truth: Values, dtype: DTypeLike) -> float:
+    measured = error(x, truth, dtype)
+    return np.inf if measured.mismatch else measured.absolute.error
 
 
 def _order(name: Name) -> int:
@@ -147,38 +157,32 @@ def _row(
     expected: Values,
     allowance: Allowance,
 ) -> Row:
-    dtype = narrower(actual.dtype, expected.dtype)
+    dtype = narrowest((actual.dtype, expected.dtype))
     measured = error(actual, expected, dtype)
     tolerance = tolerances.of(str(name), allowance.tolerances)
-    precision = np.dtype(allowance.precision or dtype)
-    in_wide = allowance.roundings * eps(precision)
-    allowed = in_wide * (measured.scale + allowance.sensitivity.get(name, 0.0))
-    # A gradient or a value of exactly 0 on both sides needs no room, only a number to divide by.
-    allowed = max(allowed * (tolerance.factor if tolerance else 1.0), np.finfo(np.float64).tiny)
-    worst, values, allowed = _worst(actual, expected, allowed, dtype, precision, measured)
-    return Row(phase, sides, name, measured, values, worst, allowed, tolerance, dtype)
+    allowed = allowance.error * measured.scale + allowance.shaken.get(name, 0.0)
+    allowed *= 2 * allowance.steps * (tolerance.factor if tolerance else 1.0) * bool(eps(dtype))
+    # What is stored in a narrower type than it was computed in is rounded once more.
+    stored = eps(dtype) / 2 if eps(dtype) > eps(allowance.dtype or dtype) else 0.0
+    worst, values, room = _worst(actual, expected, allowed, stored)
+    return Row(phase, sides, name, measured, values, worst, room, tolerance, dtype)
 
 
 def _worst(
-    actual: Values,
-    expected: Values,
-    allowed: float,
-    dtype: np.dtype[Any],
-    precision: np.dtype[Any],
-    measured: Error,
+    actual: Values, expected: Values, allowed: float, stored: float
 ) -> tuple[Worst, tuple[float, float], float]:
-    """Where the error is largest for what is allowed, the values there, and what is allowed."""
+    """Where the error is largest for what is allowed, the values there, and what is allowed.
+
+    Other shapes, and what is not finite in the same way, are worst of all.
+    """
     if actual.shape != expected.shape or not actual.size:
-        return Worst(0.0, ()), (np.nan, np.nan), allowed
+        unlike = np.inf if actual.shape != expected.shape else 0.0
+        return Worst(unlike, ()), (np.nan, np.nan), allowed
     a, b = (np.asarray(x, np.float64) for x in (actual, expected))
-    finite = np.isfinite(a) & np.isfinite(b)
-    # What is stored in a narrower type than it was computed in is rounded once more.
-    stored = eps(dtype) / 2 if eps(dtype) > eps(precision) else 0.0
-    room = allowed + stored * np.where(finite, np.abs(b), 0.0)
-    with np.errstate(invalid="ignore", over="ignore"):
-        used = np.where(finite, np.abs(a - b), 0.0) / room
-    index = np.unravel_index(used.argmax(), used.shape)
-    if measured.mismatch:
-        index = tuple(np.argwhere(~((a == b) | (np.isnan(a) & np.isnan(b)) | finite))[0])
-    place = tuple(map(int, index))
-    return Worst(float(used[index]), place), (float(a[index]), float(b[index])), float(room[index])
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(all="ignore"):
+        room = allowed + stored * np.abs(b)
+        used = np.where(same, 0.0, np.abs(a - b) / room)
+    used = np.where(same | (np.isfinite(a) & np.isfinite(b)), used, np.inf)
+    place = tuple(map(int, np.unravel_index(used.argmax(), used.shape)))
+    return Worst(float(used[place]), place), (float(a[place]), float(b[place])), float(room[place])

@@ -2,15 +2,15 @@
 
 The error that is allowed of an array is
 
-    roundings(values, steps) * eps(dtype) * (scale + sensitivity)
+    2 * steps * (error * scale + shaken)
 
-where `values` is the size of the largest reduction, `steps` counts the steps of training so far,
-`scale` is the largest value, and `sensitivity` is what a relative change of 1 in everything on the
-way there would change in it, to first order: measured, in float64, by shaking every input, every
-parameter and every module's output by one rounding of float32, at random. So an error grows with
-depth as it does in the model at hand, a mean of 1e4 standard deviations costs the four digits that
-it must cost, and a gradient that is 0 because its terms cancel is held to their size, not to its.
-What was stored in a narrower type in the end may be off by that one rounding too.
+twice what one side may err, at each of the `steps` of training so far. `error` is the relative
+error of an operation (`relative_error`), `scale` the largest value, and `shaken` how far the array
+goes if everything on the way there is shaken by that error (`bcn_flax.parity.shaking`). So what is
+allowed grows with depth as errors do in the model at hand, a mean of 1e4 standard deviations costs
+the four digits that it must cost, a gradient that is 0 because its terms cancel is held to their
+size, not to its own, and a ReLU may open where a rounding can open it. What was stored in a
+narrower type in the end may be off by that one rounding too.
 """
 
 import fnmatch
@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jax.typing import DTypeLike
 
-SHAKE = 2.0**-24  # relative: the rounding error of float32
+from bcn_flax.parity.errors import eps
 
 
 class Tolerance(NamedTuple):
@@ -36,13 +37,19 @@ class Tolerance(NamedTuple):
     reason: str = ""
 
 
-def roundings(values: float, steps: int = 1) -> float:
-    """How many roundings to allow where `values` numbers were summed, and `steps` steps taken.
+def relative_error(dtype: DTypeLike, values: float) -> float:
+    """The error that an operation may make, if it sums up to `values` numbers.
 
-    Roundings of a sum walk at random, so they grow with the root of the number of its terms; each
-    step of training adds its own to those it inherits. 8 for the handful of operations around.
+    Roundings of a sum walk at random, so they grow with the root of the number of its terms, but
+    nobody sums in less than float32. Twice that, for the handful of operations around.
     """
-    return 8 * float(np.sqrt(values)) * steps
+    of_a_sum = min(eps(dtype), eps(np.float32)) * float(np.sqrt(values))
+    return 2 * (eps(dtype) + of_a_sum)
+
+
+def roundings(values: float) -> float:
+    """How many roundings both sides may be apart, of float32 or wider, after such an operation."""
+    return 2 * relative_error(np.float32, values) / eps(np.float32)
 
 
 def check(tolerances: Sequence[Tolerance]) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from bcn_flax.interop import Match, arrays
 from bcn_flax.parity.axes import Axes, axis_order
 from bcn_flax.parity.observations import Observation, Values, numbered, observation
-from bcn_flax.parity.tolerances import SHAKE
+from bcn_flax.parity.optimizers import Optimizer
+from bcn_flax.parity.shaking import Shaking
 
 
 def in_float64(module: Any) -> Any:
@@ -19,22 +20,17 @@ def in_float64(module: Any) -> Any:
     return copy.deepcopy(module).double()
 
 
-def refuse_dropout(module: Any) -> None:
-    """Refuse a module that draws random numbers in training.
+def frozen(module: Any) -> list[str]:
+    """The names of the parameters that are not trained."""
+    return [name for name, p in module.named_parameters() if not p.requires_grad]
 
-    Raises:
-        ValueError: it does; the message says where.
-    """
-    noisy = [
-        name or type(part).__name__
-        for name, part in module.named_modules()
-        if "Dropout" in type(part).__name__ and part.p > 0
-    ]
-    if noisy:
-        raise ValueError(
-            "The two sides cannot draw the same random numbers, so there must be no dropout, but "
-            f"there is in PyTorch's {', '.join(noisy)}. Set its p to 0 there, and its rate in Flax."
-        )
+
+def trainable(module: Any) -> Any:
+    """A copy of the module, all of whose parameters are trained."""
+    module = copy.deepcopy(module)
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return module
 
 
 class TorchSide:
@@ -45,38 +41,38 @@ class TorchSide:
         module: Any,
         matched: Match,
         axes: Axes,
-        make_optimizer: Callable[[Any], Any],
+        optimizer: Optimizer,
         *,
         precision: Callable[[], AbstractContextManager[Any]],
-        shake: np.random.Generator | None = None,
+        shaking: Shaking | None = None,
     ) -> None:
-        """Start from the variables.
+        """Start from the module's parameters and statistics.
 
         Args:
             module: is not changed.
             matched: which of its tensors is which of Flax's variables.
             axes: how those of inputs and outputs lie.
-            make_optimizer: of its parameters.
+            optimizer: of its parameters.
             precision: the context in which JAX has the dtypes of Flax's variables.
-            shake: a generator of random numbers that multiply inputs, parameters and every module's
-                outputs, and so their gradients: they are changed by up to one rounding of float32.
+            shaking: of inputs, parameters, what the parts of the module return, and the steps.
         """
         self._precision = precision
         self._module, self._matched, self._axes = copy.deepcopy(module), matched, axes
-        self._shake = shake
-        if shake is not None:
-            for parameter in self._module.parameters():
-                parameter.data = self._shaken(parameter.data)
-            for part in self._module.modules():
-                part.register_forward_hook(lambda _module, _inputs, y: self._shaken(y))
-        parameters = list(self._module.parameters())
-        self._optimizer = make_optimizer(parameters) if parameters else None
+        self._shaking = shaking
+        if shaking is not None:
+            shaking.attach(self._module)
+        self._parameters = list(self._module.parameters())
+        self._error = optimizer.error
+        # PyTorch's optimizers want something to optimize.
+        self._optimizer = optimizer.torch(self._parameters) if self._parameters else None
 
     def __call__(
         self, inputs: Sequence[Values], output_gradients: Sequence[Values], train: bool
     ) -> Observation:
         """Go forward and back, and in training take a step of the optimizer."""
-        with self._precision():
+        import torch
+
+        with self._precision(), torch.enable_grad():
             return self._step(inputs, output_gradients, train)
 
     def _step(
@@ -85,16 +81,16 @@ class TorchSide:
         import torch
 
         self._module.train(train)
-        given = {
-            name: self._shaken(self._to_torch(f"input {name}", x)).requires_grad_(
-                arrays.kind(x) == "floating"
-            )
-            for name, x in numbered(inputs).items()
-        }
         self._module.zero_grad()
-        outputs = numbered(tensors_of(self._module(*given.values())))
+        given = tensors(self._module, inputs, self._axes)
+        if self._shaking is not None:
+            given = {name: self._shaking(x) for name, x in given.items()}
+        for x in given.values():
+            x.requires_grad_(x.is_floating_point())
+        # A module may write into its inputs, which PyTorch refuses if these are leaves.
+        outputs = outputs_of(self._module, [x.clone() for x in given.values()])
         gradients = {
-            name: self._to_torch(f"output {name}", dy).to(outputs[name].dtype)
+            name: _tensor(f"output {name}", dy, self._axes, outputs[name])
             for name, dy in numbered(output_gradients).items()
             if outputs[name].requires_grad
         }
@@ -102,12 +98,12 @@ class TorchSide:
         # A tied parameter has several names, of which the match may have chosen any.
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
         gradient = {name: _gradient(p).clone() for name, p in parameters.items()}
-        if train and self._optimizer is not None:
-            self._optimizer.step()
+        if train:
+            self._take_step()
         return observation(
-            {name: self._to_flax(f"output {name}", y) for name, y in outputs.items()},
+            {name: in_flax(f"output {name}", y, self._axes) for name, y in outputs.items()},
             {
-                name: self._to_flax(f"input {name}", _gradient(x))
+                name: in_flax(f"input {name}", _gradient(x), self._axes)
                 for name, x in given.items()
                 if x.requires_grad
             },
@@ -115,31 +111,41 @@ class TorchSide:
             self._matched.to_flax(self._module.state_dict()),
         )
 
-    def _to_torch(self, name: str, x: Values) -> Any:
-        import torch
-
-        moved = axis_order(self._axes, name.strip(), x.ndim).to_torch(x)
-        return arrays.as_kind_of(torch.empty(0, dtype=_torch_dtype(x)), np.asarray(moved))
-
-    def _to_flax(self, name: str, x: Any) -> Values:
-        values = arrays.cast(arrays.values(x), arrays.dtype(x))
-        return axis_order(self._axes, name.strip(), x.dim()).to_flax(values)
-
-    def _shaken(self, x: Any) -> Any:
-        """Tensors, each of their values changed by up to one rounding of float32."""
-        if self._shake is None:
-            return x
-        if isinstance(x, tuple | list):
-            return type(x)(map(self._shaken, x))
-        if not (hasattr(x, "is_floating_point") and x.is_floating_point()):
-            return x
-        noise = 1 + SHAKE * self._shake.uniform(-1, 1, tuple(x.shape))
-        return x * x.new_tensor(noise)
+    def _take_step(self) -> None:
+        if self._optimizer is None:
+            return
+        if self._shaking is None:
+            self._optimizer.step()
+        else:
+            self._shaking.step(self._optimizer, self._parameters, self._error)
 
 
-def tensors_of(outputs: Any) -> list[Any]:
-    """The tensors of a module's outputs, in the order of Flax's leaves."""
-    return [y for y in jax.tree.leaves(outputs) if hasattr(y, "detach")]
+def tensors(module: Any, inputs: Sequence[Values], axes: Axes) -> dict[str, Any]:
+    """The inputs by name, in PyTorch's order of axes and on the module's device."""
+    import torch
+
+    at = next(module.parameters(), torch.empty(0))
+    return {
+        name: _tensor(f"input {name}", x, axes, at.new_empty(0, dtype=_torch_dtype(x)))
+        for name, x in numbered(inputs).items()
+    }
+
+
+def outputs_of(module: Any, inputs: Sequence[Any]) -> dict[str, Any]:
+    """The tensors of a module's outputs by name, in the order of Flax's leaves."""
+    leaves = jax.tree.leaves(module(*inputs))
+    return numbered([y for y in leaves if hasattr(y, "detach")])
+
+
+def in_flax(name: str, x: Any, axes: Axes) -> Values:
+    """The values of an input or output in Flax's order of axes."""
+    values = arrays.cast(arrays.values(x), arrays.dtype(x))
+    return axis_order(axes, name.strip(), x.dim()).to_flax(values)
+
+
+def _tensor(name: str, x: Values, axes: Axes, like: Any) -> Any:
+    moved = axis_order(axes, name.strip(), x.ndim).to_torch(x)
+    return arrays.as_kind_of(like, np.asarray(moved))
 
 
 def _gradient(x: Any) -> Any:

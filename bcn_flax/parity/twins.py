@@ -7,15 +7,19 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 from flax import nnx
 
 from bcn_flax import interop
 from bcn_flax.interop import arrays, trees
 from bcn_flax.parity import flax_side, torch_side
 from bcn_flax.parity.axes import Axes
+from bcn_flax.parity.errors import narrowest
 from bcn_flax.parity.flax_side import Call, FlaxSide, Forward, Module
 from bcn_flax.parity.observations import Values
 from bcn_flax.parity.optimizers import Optimizer
+from bcn_flax.parity.precision import flax_narrows, torch_narrows
+from bcn_flax.parity.shaking import Shaking
 from bcn_flax.parity.torch_side import TorchSide
 
 Weights = Literal["torch", "flax", "own", "random"]
@@ -26,7 +30,7 @@ class Twins(NamedTuple):
 
     Attributes:
         flax: of linen or NNX.
-        torch: a copy of the module.
+        torch: a copy of the module, all of whose parameters are trained.
         variables: of the Flax module.
         match: which of PyTorch's tensors is which of these.
         call: keyword arguments of a call of the Flax module, of whether it trains.
@@ -57,35 +61,58 @@ class Twins(NamedTuple):
             self.forward, self.variables, optimizer.flax, jit=jit, precision=self.precision
         )
 
-    def torch_side(
-        self, optimizer: Optimizer, shake: np.random.Generator | None = None
-    ) -> TorchSide:
-        """PyTorch's module in training."""
+    def torch_side(self, optimizer: Optimizer, shake: float | None = None) -> TorchSide:
+        """PyTorch's module in training, shaken by a relative error if there is one."""
         return TorchSide(
             self.torch,
             self.match,
             self.axes,
-            optimizer.torch,
+            optimizer,
             precision=self.precision,
-            shake=shake,
+            shaking=Shaking(shake) if shake is not None else None,
         )
 
     def outputs(self, inputs: Sequence[Values], train: bool) -> list[jax.ShapeDtypeStruct]:
         """The shapes and dtypes of Flax's outputs."""
         with self.precision():
-            outputs, _ = jax.eval_shape(
-                lambda variables, inputs: self.forward(variables, inputs, train),
-                self.variables,
-                list(inputs),
+            return jax.tree.leaves(
+                jax.eval_shape(self._outputs(train), self.variables, list(inputs))
             )
-        return jax.tree.leaves(outputs)
 
-    def flax_is_wide(self, inputs: Sequence[Values]) -> bool:
-        """Whether Flax's module computes in float64 if it is given float64."""
-        floats = filter(
-            flax_side.is_differentiable, self.outputs(flax_side.in_float64(inputs), False)
-        )
-        return all(y.dtype == np.float64 for y in floats)
+    def torch_outputs(self, inputs: Sequence[Values], train: bool) -> dict[str, Values]:
+        """PyTorch's outputs in Flax's order of axes, by name."""
+        module = copy.deepcopy(self.torch).train(train)
+        given = torch_side.tensors(module, inputs, self.axes)
+        outputs = torch_side.outputs_of(module, [*given.values()])
+        return {
+            name: torch_side.in_flax(f"output {name}", y, self.axes) for name, y in outputs.items()
+        }
+
+    def narrowing(self, inputs: Sequence[Values]) -> list[str]:
+        """Who makes something narrower than float64 though it is given float64."""
+        with self.precision():
+            flax = flax_narrows(self._outputs(False), self.variables, list(inputs))
+        module = copy.deepcopy(self.torch).eval()
+        given = torch_side.tensors(module, inputs, self.axes)
+        torch = torch_narrows(module, [*given.values()])
+        return ["Flax"] * flax + ["PyTorch"] * torch
+
+    def dtype(self, inputs: Sequence[Values]) -> np.dtype[Any]:
+        """The narrowest dtype in which anything is computed, as far as it can be seen."""
+        seen = [
+            *map(arrays.dtype, inputs),
+            *(y.dtype for y in self.outputs(inputs, False)),
+            *(x.dtype for x in self.leaves()),
+            *(arrays.dtype(p) for p in self.torch.parameters()),
+        ]
+        return narrowest([*seen, np.float64 if self.wide else np.float32])
+
+    def leaves(self) -> list[Any]:
+        """Flax's parameters and statistics."""
+        return jax.tree.leaves(self.variables)
+
+    def _outputs(self, train: bool) -> Any:
+        return lambda variables, inputs: self.forward(variables, inputs, train)[0]
 
 
 def twins(
@@ -103,28 +130,18 @@ def twins(
     """Bring the two modules together; see `compare` for the arguments.
 
     Raises:
-        ValueError: the weights do not match, or `weights` and `variables` contradict each other.
+        ValueError: the weights do not match, or `weights` and `variables` contradict each other, or
+            inputs and modules are of different precision.
     """
-    if weights not in ("torch", "flax", "own", "random"):
-        raise ValueError(f"weights must be 'torch', 'flax', 'own' or 'random', not {weights!r}.")
-    owns = weights in ("flax", "own")
-    if isinstance(flax, nnx.Module):
-        if variables is not None:
-            raise ValueError("An NNX module has its own variables: `variables` are for linen's.")
-        variables = trees.variables_of(flax)
-    elif owns != (variables is not None):
-        raise ValueError(
-            f"`variables` are Flax's weights, which count if weights are 'flax' or 'own', but "
-            f"weights are {weights!r} and there are {'none' if variables is None else 'some'}."
-        )
+    variables = _own_variables(flax, weights, variables)
+    wide = _is_wide(torch, inputs)
     call = call or flax_side.mode_argument(flax)
-    wide = any(arrays.dtype(x) == np.float64 for x in inputs)
+    torch = torch_side.trainable(torch)
     with jax.enable_x64(True) if wide else nullcontext():
         own = variables or flax_side.shapes_of(flax, inputs, call)
-        if wide and not owns:
+        if wide:
             flax, own = _in_float64(flax, own)
         match = interop.match(torch, _like(flax, own), **matching)
-        torch = copy.deepcopy(torch)
         if weights == "random":
             own = _random(own, rng)
         if weights in ("flax", "random"):
@@ -141,6 +158,50 @@ def in_float64(them: Twins, **matching: Any) -> Twins:
         torch = torch_side.in_float64(them.torch)
         match = interop.match(torch, _like(flax, variables), **matching)
     return them._replace(flax=flax, torch=torch, variables=variables, match=match, wide=True)
+
+
+def constants(them: Twins) -> list[str]:
+    """The parameters and statistics that have one value in all places, as in a fresh module."""
+    return [
+        trees.name(path[1:])
+        for path, x in trees.flax_leaves(them.variables).items()
+        if np.size(x) > 1 and np.all(np.asarray(x) == np.ravel(x)[0])
+    ]
+
+
+def _own_variables(
+    flax: Module, weights: Weights, variables: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    if weights not in ("torch", "flax", "own", "random"):
+        raise ValueError(f"weights must be 'torch', 'flax', 'own' or 'random', not {weights!r}.")
+    if isinstance(flax, nnx.Module):
+        if variables is not None:
+            raise ValueError("An NNX module has its own variables: `variables` are for linen's.")
+        return trees.variables_of(flax)
+    if (weights in ("flax", "own")) != (variables is not None):
+        raise ValueError(
+            f"`variables` are Flax's weights, which count if weights are 'flax' or 'own', but "
+            f"weights are {weights!r} and there are {'none' if variables is None else 'some'}."
+        )
+    return nn.unbox(variables)
+
+
+def _is_wide(torch: Any, inputs: Sequence[Values]) -> bool:
+    """Whether inputs and modules are in float64."""
+    given = [arrays.dtype(x) for x in inputs if arrays.kind(x) == "floating"]
+    held = [arrays.dtype(p) for p in torch.parameters() if p.is_floating_point()]
+    if np.float64 in given and held and np.float64 not in held:
+        raise ValueError(
+            "Inputs and modules must be of one precision, but the inputs are in float64, which is "
+            f"NumPy's default, and PyTorch's parameters in {held[0]}: give "
+            "inputs.astype(np.float32), or compare in float64 with torch_module.double()."
+        )
+    if given and np.float64 not in given and {*held} == {np.dtype(np.float64)}:
+        raise ValueError(
+            "Inputs and modules must be of one precision, but PyTorch's parameters are in float64 "
+            f"and the inputs in {given[0]}: give inputs.astype(np.float64)."
+        )
+    return np.float64 in (*given, *held)
 
 
 def _in_float64(flax: Module, variables: Mapping[str, Any]) -> tuple[Module, Mapping[str, Any]]:
