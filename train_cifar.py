@@ -4,7 +4,9 @@
     python train_cifar.py                                    # 8x8 digits: nothing to download
     python train_cifar.py --batch-size 1                     # what BCN is for
     python train_cifar.py --batch-size 1 --norm bn           # what it is compared with
-    python train_cifar.py --dataset cifar10 --data-dir data  # the published configuration
+    python train_cifar.py --resume                           # go on where it was stopped
+    python train_cifar.py --predict digit.png                # what the best checkpoint sees
+    python train_cifar.py --dataset cifar10                  # the published configuration
     python train_cifar.py --help
 
 Held-out accuracy in %, mean and standard deviation over the seeds 0 to 4 (`--seed`), on 2 CPU
@@ -21,177 +23,46 @@ the first line gives 99.44 now, where it gave 99.17. The digits are hard enough 
 norm alone suffers from batches of one, and too easy to tell the others apart. CIFAR-10 has not been
 measured yet.
 
-The whole data set lies on the device, and shuffling, augmentation, forward pass, backward pass and
+The whole data set lies on each device, and shuffling, augmentation, forward pass, backward pass and
 update are one compiled step. The host only calls it again and again: a scan over the steps would
 save those calls, but XLA on the CPU runs a convolution inside a loop 26 to 30 times slower.
 
 Each run has a folder of its own: `config.json` with everything that decided the run,
-`metrics.jsonl` with a line for each epoch, and `curves.png`. The same seed gives the same result,
-bit for bit, on the same machine.
+`metrics.jsonl` with a line for each epoch, `curves.png`, and `checkpoints`. The same seed gives the
+same result, bit for bit, on the same machine; so does a run that was killed, however often, and
+went on with `--resume`.
 """
 
-import dataclasses
+import contextlib
+import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
+from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from bcn_flax.models import VGG, Norm
-from bcn_flax.training import checks, data
+from bcn_flax.models import VGG, ResNet
+from bcn_flax.training import checks, data, devices, pictures, results
+from bcn_flax.training.checkpoints import Checkpoints
+from bcn_flax.training.config import FREE, Config, Recipe, as_decided, default_folder, resolve
 from bcn_flax.training.data import Dataset, Split
+from bcn_flax.training.devices import Placement
 from bcn_flax.training.progress import ProgressBar
-from bcn_flax.training.results import Results, new_folder
-
-DatasetName = Literal["digits", "cifar10"]
-Optimizer = Literal["adam", "sgd"]
-Schedule = Literal["constant", "cosine"]
-
-
-@dataclass(frozen=True)
-class Config:
-    """What the command line says. Where it says None, the data set decides, by its recipe."""
-
-    dataset: DatasetName = "digits"
-    """What to train on; digits needs no download."""
-    data_dir: Path = Path("data")
-    """The folder that holds cifar-10-batches-bin."""
-    output: Path | None = None
-    """The folder for the results; by default a new one in runs, named for what it holds."""
-    seed: int = 0
-    """Decides the first weights, the order of the images and their augmentation."""
-
-    norm: Norm = "bcn"
-    """After each convolution: batch-channel, batch, group or no normalization."""
-    ws: bool = True
-    """Whether to standardize the weights of the convolutions."""
-    estimate: bool = True
-    """Whether bcn normalizes by running averages in training, as micro-batches need, or by the
-    batch."""
-    groups: int | None = None
-    """Number of channel groups, of bcn and gn; by default 16 for digits, 32 for cifar10."""
-    norm_momentum: float | None = None
-    """Weight of the old running average, of bcn and bn; by default 0.95 for digits at batch size
-    32, 0.9 for cifar10 at 64, and fitted to other batch sizes: averages over some 640 images."""
-
-    batch_size: int | None = None
-    """Images in a step of training; by default 32 for digits, 64 for cifar10."""
-    epochs: int | None = None
-    """How often to go through the training images; by default 15 for digits, 10 for cifar10."""
-    optimizer: Optimizer = "adam"
-    """Adam, or stochastic gradient descent with Nesterov momentum 0.9."""
-    learning_rate: float | None = None
-    """Of the first step; by default, with Adam, 0.002 for digits at batch size 32, 0.00025 for
-    cifar10 at 64, and otherwise in proportion to the root of the batch size; with SGD, 0.05 at
-    batch size 32, 0.1 at 64, and otherwise in proportion to the batch size."""
-    schedule: Schedule | None = None
-    """Keep the learning rate constant, or let it fall to 0 along half a cosine; by default
-    cosine for digits, constant for cifar10."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a data set asks for; what the command line says instead, wins."""
-
-    blocks: tuple[tuple[int, ...], ...]  # features of the convolutions, block by block
-    shift: int  # pixels by which images are moved at random
-    flip: bool  # whether images are mirrored at random
-    groups: int
-    batch_size: int
-    epochs: int
-    schedule: Schedule
-    learning_rate: float  # Adam's, at this batch size
-    norm_momentum: float  # at this batch size
-
-
-RECIPES: dict[DatasetName, Recipe] = {
-    # Small enough for a CPU, and two blocks only: at 2x2 pixels XLA's convolutions are slow there.
-    # Mirrored, most digits are none.
-    "digits": Recipe(
-        blocks=((32, 32), (64, 64)),
-        shift=1,
-        flip=False,
-        groups=16,
-        batch_size=32,
-        epochs=15,
-        schedule="cosine",
-        learning_rate=2e-3,
-        norm_momentum=0.95,  # 20 batches or 640 images back, as far as 0.9 looks with 64
-    ),
-    # The annotated implementation's experiment, labml_nn/normalization/weight_standardization.
-    "cifar10": Recipe(
-        blocks=((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
-        shift=4,
-        flip=True,
-        groups=32,
-        batch_size=64,
-        epochs=10,
-        schedule="constant",
-        learning_rate=2.5e-4,
-        norm_momentum=0.9,
-    ),
-}
+from bcn_flax.training.results import Results
+from bcn_flax.training.signals import Signals, Stopped
 
 # Evaluation keeps no activations for a backward pass, so its batches may be large.
 EVALUATION_BATCH = 500
-
-
-def resolve(config: Config) -> Recipe:
-    """The recipe of the data set, fitted to the batch size and overruled by the command line.
-
-    Raises:
-        TrainingError: a value is out of its range.
-    """
-    checks.known("dataset", config.dataset, get_args(DatasetName))
-    checks.known("norm", config.norm, get_args(Norm))
-    checks.known("optimizer", config.optimizer, get_args(Optimizer))
-    checks.seed(config.seed)
-    recipe = RECIPES[config.dataset]
-    batch_size = recipe.batch_size if config.batch_size is None else config.batch_size
-    checks.at_least_one("batch_size", batch_size)
-
-    ratio = batch_size / recipe.batch_size
-    fitted = dataclasses.replace(
-        recipe,
-        # Keep what an epoch does as batches shrink and steps multiply. SGD's steps add up to the
-        # same sum if each is in proportion to its batch. Adam's have the same length however
-        # noisy the gradient; n of them in random directions go sqrt(n) times as far as one.
-        learning_rate={
-            "adam": recipe.learning_rate * ratio**0.5,
-            "sgd": 0.05 / 32 * batch_size,
-        }[config.optimizer],
-        # The running averages forget an image after the same number of later images.
-        norm_momentum=recipe.norm_momentum**ratio,
-    )
-    names = {field.name for field in dataclasses.fields(Recipe)} & vars(config).keys()
-    said = {name: value for name in names if (value := getattr(config, name)) is not None}
-    recipe = dataclasses.replace(fitted, **said)
-
-    checks.at_least_one("epochs", recipe.epochs)
-    checks.known("schedule", recipe.schedule, get_args(Schedule))
-    checks.positive("learning_rate", recipe.learning_rate)
-    checks.norm_momentum(recipe.norm_momentum)
-    if config.norm in ("bcn", "gn"):
-        checks.groups(recipe.groups, recipe.blocks)
-    return recipe
-
-
-class State(NamedTuple):
-    """All that training carries from one step to the next."""
-
-    params: Any
-    batch_stats: Any
-    opt_state: optax.OptState
-    step: Int[Array, ""]
-    key: Key[Array, ""]
 
 
 class Totals(NamedTuple):
@@ -223,60 +94,126 @@ def add(totals: Totals, losses: Array, logits: Array, labels: Array) -> Totals:
     )
 
 
-Step = Callable[[State, Totals, Split, Array], tuple[State, Totals]]
-Evaluation = Callable[[State, Totals, Split, Array], Totals]
+class State(NamedTuple):
+    """All that training carries from one step to the next, and so all that a checkpoint holds."""
 
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    params: Any
+    batch_stats: Any
+    opt_state: optax.OptState
+    step: Int[Array, ""]  # counts micro-batches
+    key: Key[Array, ""]
+    order: Int[Array, " images"]  # of the images in this epoch
+    totals: Totals  # of this epoch so far
 
 
-def make_model(config: Config, recipe: Recipe) -> VGG:
+HEADER = "epoch       loss  accuracy    held-out loss  accuracy    images/s"
+ROW = (
+    "{epoch:>5}  {train_loss:>9.4g}  {train_accuracy:>8.2%}  "
+    "{test_loss:>15.4g}  {test_accuracy:>8.2%}  {images_per_second:>10,.0f}"
+)
+
+
+def make_model(config: Config, recipe: Recipe, classes: int) -> nn.Module:
     """The network."""
-    return VGG(
-        blocks=recipe.blocks,
-        norm=config.norm,
-        ws=config.ws,
-        num_groups=recipe.groups,
-        estimate=config.estimate,
-        momentum=recipe.norm_momentum,
-    )
+    shared: dict[str, Any] = {
+        "num_classes": classes,
+        "norm": config.norm,
+        "ws": config.ws,
+        "num_groups": recipe.groups,
+        "estimate": config.estimate,
+        "momentum": recipe.norm_momentum,
+        "dtype": jnp.dtype(config.dtype),
+    }
+    if config.network == "resnet":
+        return ResNet(config.depth, **shared)
+    return VGG(recipe.blocks, **shared)
+
+
+def make_schedule(recipe: Recipe, steps: int) -> optax.Schedule:
+    """The learning rate over so many steps of the optimizer."""
+    match recipe.schedule:
+        case "constant":
+            return optax.constant_schedule(recipe.learning_rate)
+        case "cosine":
+            return optax.cosine_decay_schedule(recipe.learning_rate, steps)
+        case "step":
+            drops = {steps // 2: 0.1, steps * 3 // 4: 0.1}
+            return optax.piecewise_constant_schedule(recipe.learning_rate, drops)
 
 
 def make_optimizer(config: Config, recipe: Recipe, steps: int) -> optax.GradientTransformation:
-    """Adam or SGD, for so many steps."""
-    rate: optax.ScalarOrSchedule = recipe.learning_rate
-    if recipe.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(recipe.learning_rate, steps)
-    return optax.adam(rate) if config.optimizer == "adam" else optax.sgd(rate, 0.9, nesterov=True)
+    """Adam or SGD, for so many steps, each of which takes all the micro-batches of a batch."""
+    rate = make_schedule(recipe, steps)
+    decay = optax.add_decayed_weights(
+        config.weight_decay,
+        # Scales and biases have one axis.
+        mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    )
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
+    if config.optimizer == "adam":
+        chain = optax.chain(clip, optax.scale_by_adam(), decay, optax.scale_by_learning_rate(rate))
+    else:
+        chain = optax.chain(clip, decay, optax.sgd(rate, 0.9, nesterov=True))
+    if recipe.micro_batches == 1:
+        return chain
+    return optax.MultiSteps(chain, recipe.micro_batches).gradient_transformation()
 
 
 def first_state(
-    model: VGG, optimizer: optax.GradientTransformation, images: Array, seed: int
+    model: nn.Module, optimizer: optax.GradientTransformation, shape: tuple[int, ...], seed: int
 ) -> State:
-    """The state before the first step."""
+    """The state before the first step, for training images of this shape."""
     init_key, key = jax.random.split(jax.random.key(seed))
-    one = data.to_float(images[:1])
-    variables = jax.jit(model.init, static_argnames="train")(init_key, one, train=False)
-    params = variables["params"]
-    batch_stats = variables.get("batch_stats", {})
-    return State(params, batch_stats, optimizer.init(params), jnp.zeros((), jnp.int32), key)
+    variables = model.init(init_key, jnp.zeros((1, *shape[1:])), train=False)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    step, order = jnp.zeros((), jnp.int32), jnp.arange(shape[0])
+    opt_state = optimizer.init(params)
+    return begin_epoch(State(params, batch_stats, opt_state, step, key, order, no_totals()))
 
 
-def make_step(model: VGG, optimizer: optax.GradientTransformation, recipe: Recipe) -> Step:
-    """One step of training, from the images on the device to the updated parameters.
+def begin_epoch(state: State) -> State:
+    """A new order of the images, of which nothing is counted yet."""
+    key, order_key = jax.random.split(state.key)
+    order = jax.random.permutation(order_key, len(state.order))
+    return state._replace(key=key, order=order, totals=no_totals())
 
-    It takes the training set and the order of its images in this epoch. The last images, too few
-    for a batch, are left out; which ones they are changes from epoch to epoch.
+
+def cross_entropy(
+    logits: Float[Array, "n classes"], labels: Int[Array, " n"], smoothing: float = 0.0
+) -> Float[Array, " n"]:
+    """The loss of each image, in float32 whatever the network computes in."""
+    wanted = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), wanted)
+
+
+def make_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: Config,
+    recipe: Recipe,
+    split: Callable[[Any], Any],
+) -> Callable[[State, Split], State]:
+    """One step of training, from the images on the devices to the updated parameters.
+
+    `split` lays equal parts of a batch on the devices.
+
+    The last images of an epoch, too few for a batch, are left out; which ones they are changes from
+    epoch to epoch.
     """
 
-    def step(state: State, totals: Totals, train: Split, order: Array) -> tuple[State, Totals]:
-        steps_per_epoch = len(order) // recipe.batch_size
-        start = state.step % steps_per_epoch * recipe.batch_size
-        batch = lax.dynamic_slice(order, (start,), (recipe.batch_size,))
+    def step(state: State, train: Split) -> State:
+        start = state.step % recipe.steps(len(state.order)) * recipe.micro_batch
+        batch = lax.dynamic_slice(state.order, (start,), (recipe.micro_batch,))
         key, shift_key, flip_key = jax.random.split(state.key, 3)
-        images = data.random_shift(shift_key, train.images[batch], recipe.shift)
+        images = split(train.images[batch])
+        images = data.random_shift(shift_key, images, recipe.shift)
         if recipe.flip:
             images = data.random_flip(flip_key, images)
-        labels = train.labels[batch]
+        labels = split(train.labels[batch])
 
         def mean_loss(params: Any) -> tuple[Array, tuple[Array, Array, Any]]:
             logits, updates = model.apply(
@@ -285,112 +222,123 @@ def make_step(model: VGG, optimizer: optax.GradientTransformation, recipe: Recip
                 train=True,
                 mutable=["batch_stats"],
             )
-            losses = cross_entropy(logits, labels)
+            losses = cross_entropy(logits, labels, config.label_smoothing)
             return losses.mean(), (losses, logits, updates.get("batch_stats", {}))
 
         gradient, (losses, logits, batch_stats) = jax.grad(mean_loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        state = State(params, batch_stats, opt_state, state.step + 1, key)
-        return state, add(totals, losses, logits, labels)
+        totals = add(state.totals, losses, logits, labels)
+        return State(params, batch_stats, opt_state, state.step + 1, key, state.order, totals)
 
     return step
 
 
-def make_evaluation(model: VGG, size: int) -> Evaluation:
-    """Count in `size` held-out images, from one of them on."""
+def make_evaluation(
+    model: nn.Module, size: int, split: Callable[[Any], Any]
+) -> Callable[[State, Split, Any], Totals]:
+    """Count `size` held-out images, from one of them on."""
 
-    def evaluate(state: State, totals: Totals, test: Split, start: Array) -> Totals:
+    def evaluate(state: State, test: Split, start: Array) -> Totals:
         images = lax.dynamic_slice_in_dim(test.images, start, size)
         labels = lax.dynamic_slice_in_dim(test.labels, start, size)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits: Any = model.apply(variables, data.to_float(images), train=False)
-        return add(totals, cross_entropy(logits, labels), logits, labels)
+        logits: Any = model.apply(variables, data.to_float(split(images)), train=False)
+        return add(no_totals(), cross_entropy(logits, labels), logits, labels)
 
     return evaluate
 
 
-def compiled(function: Callable[..., Any], donated: tuple[int, ...], *args: Any) -> Any:
-    """Compile a function for arguments like these; the memory of the donated ones is reused."""
-    return jax.jit(function, donate_argnums=donated).lower(*args).compile()
+def is_finite(state: State) -> Array:
+    """Whether it is good enough to be saved: the loss so far, and the parameters after it."""
+    values = (state.totals.loss, *jax.tree.leaves(state.params))
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in values]))
 
 
-def shuffle(state: State, images: int) -> tuple[State, Int[Array, " images"]]:
-    """A new order for an epoch."""
-    key, order_key = jax.random.split(state.key)
-    return state._replace(key=key), jax.random.permutation(order_key, images)
+class Trainer:
+    """A run: its data on the devices, and its programs."""
 
+    def __init__(
+        self, config: Config, recipe: Recipe, dataset: Dataset, placement: Placement
+    ) -> None:
+        """Place the data, and make the first state."""
+        self.config, self.recipe, self._placement = config, recipe, placement
+        self.steps = recipe.steps(len(dataset.train.labels))
+        size = min(EVALUATION_BATCH, len(dataset.test.labels))
+        self._size = -(-size // placement.count) * placement.count  # the same on each device
+        padded = data.pad(dataset.test, self._size)
+        self._train, self._test = placement.replicate((dataset.train, padded))
+        self._model = make_model(config, recipe, len(dataset.classes))
+        batches = recipe.epochs * self.steps // recipe.micro_batches
+        self._optimizer = make_optimizer(config, recipe, batches)
+        shape = dataset.train.images.shape
+        first = partial(first_state, self._model, self._optimizer, shape, config.seed)
+        self.first_state: State = self._compiled(first)()
 
-def train_epoch(
-    step: Step, state: State, train: Split, recipe: Recipe, norm: Norm, progress: ProgressBar
-) -> tuple[State, float, float]:
-    """Go through the training images once: the state after it, loss and accuracy on the way.
+    def _compiled(self, function: Callable[..., Any], *args: Any, donate: bool = False) -> Any:
+        """Compiled ahead, so that no epoch's speed has compilation in it."""
+        jitted = jax.jit(
+            function,
+            donate_argnums=(0,) if donate else (),
+            out_shardings=self._placement.replicated,
+        )
+        return jitted.lower(*args).compile()
 
-    Raises:
-        TrainingError: the loss is not finite.
-    """
-    steps = len(train.labels) // recipe.batch_size
-    state, order = shuffle(state, len(train.labels))
-    totals = no_totals()
-    for i in range(1, steps + 1):
-        # Dispatch is asynchronous: the next step is on its way while this one is computed.
-        state, totals = step(state, totals, train, order)
-        if progress.is_due() or i == steps:
-            loss, accuracy = totals.means()
-            done = int(state.step)
-            checks.finite_loss(loss, done, recipe.learning_rate, norm)
-            progress.show(done, loss, accuracy)
-    return state, loss, accuracy
+    @cached_property
+    def step(self) -> Callable[[State, Split], State]:
+        """See `make_step`."""
+        split = self._placement.split
+        step = make_step(self._model, self._optimizer, self.config, self.recipe, split)
+        return self._compiled(step, self.first_state, self._train, donate=True)
 
+    @cached_property
+    def begin_epoch(self) -> Callable[[State], State]:
+        """See `begin_epoch`."""
+        return self._compiled(begin_epoch, self.first_state, donate=True)
 
-def test_epoch(evaluate: Evaluation, state: State, test: Split, size: int) -> tuple[float, float]:
-    """Loss and accuracy over the held-out images, padded to a multiple of `size`."""
-    totals = no_totals()
-    for start in range(0, len(test.labels), size):
-        totals = evaluate(state, totals, test, jnp.asarray(start, jnp.int32))
-    return totals.means()
+    @cached_property
+    def evaluate(self) -> Callable[[State, Split, Any], Totals]:
+        """See `make_evaluation`."""
+        evaluate = make_evaluation(self._model, self._size, self._placement.split)
+        return self._compiled(evaluate, self.first_state, self._test, np.int32(0))
 
+    @cached_property
+    def is_finite(self) -> Callable[[State], Array]:
+        """See `is_finite`."""
+        return self._compiled(is_finite, self.first_state)
 
-def load(config: Config) -> Dataset:
-    """The data set to train on.
+    def fit(
+        self,
+        state: State,
+        checkpoints: Checkpoints,
+        results: Results,
+        signals: Signals,
+        progress: ProgressBar,
+    ) -> None:
+        """Train to the end, from any state on. Each epoch is added to the results.
 
-    Raises:
-        TrainingError: it is absent, unreadable or damaged.
-    """
-    return data.cifar10(config.data_dir) if config.dataset == "cifar10" else data.digits()
-
-
-def fit(config: Config, recipe: Recipe, dataset: Dataset, results: Results) -> dict[str, float]:
-    """Compile and train: the metrics of the last epoch. Each epoch is added to the results.
-
-    Raises:
-        TrainingError: the loss is not finite, or the output folder cannot be written to any more.
-    """
-    started = time.perf_counter()
-    images = len(dataset.train.labels)
-    size = min(EVALUATION_BATCH, len(dataset.test.labels))
-    train, test = jax.device_put((dataset.train, data.pad(dataset.test, size)))
-    model = make_model(config, recipe)
-    steps = images // recipe.batch_size
-    optimizer = make_optimizer(config, recipe, recipe.epochs * steps)
-    state = first_state(model, optimizer, train.images, config.seed)
-    order = shuffle(state, images)[1]
-    # Compiled ahead, so that no epoch's speed has compilation in it.
-    step = compiled(make_step(model, optimizer, recipe), (0, 1), state, no_totals(), train, order)
-    evaluate = compiled(make_evaluation(model, size), (1,), state, no_totals(), test, state.step)
-    print(f"compiled in {time.perf_counter() - started:.1f} s", flush=True)
-
-    print("epoch       loss  accuracy    held-out loss  accuracy    images/s", flush=True)
-    with ProgressBar(steps, recipe.epochs) as progress:
-        for epoch in range(1, recipe.epochs + 1):
-            started = time.perf_counter()
-            state, train_loss, train_accuracy = train_epoch(
-                step, state, train, recipe, config.norm, progress
-            )
+        Raises:
+            TrainingError: the loss is not finite, or what is to be saved cannot be written.
+            Stopped: a signal asked for it; the state is saved.
+        """
+        for epoch in range(len(results.history) + 1, self.recipe.epochs + 1):
+            first, started = int(state.step), time.perf_counter()
+            for done in range(first + 1, epoch * self.steps + 1):
+                # Dispatch is asynchronous: the next step is on its way while this one is computed.
+                state = self.step(state, self._train)
+                if progress.is_due():
+                    progress.show(done, *state.totals.means())
+                    if jax.process_count() == 1:  # of several, each would look at another step
+                        self._check(state)
+                if signals.noted or done % self.config.checkpoint_every == 0:
+                    self._save(checkpoints, state, results)
+                if signals.noted:
+                    raise Stopped(signals.noted, epoch, results.folder)
+            train_loss, train_accuracy = state.totals.means()
             seconds = time.perf_counter() - started
-            test_loss, test_accuracy = test_epoch(evaluate, state, test, size)
-            checks.finite_loss(test_loss, int(state.step), recipe.learning_rate, config.norm)
-            speed = steps * recipe.batch_size / seconds
+            images = (epoch * self.steps - first) * self.recipe.micro_batch
+            self._check(state)
+            test_loss, test_accuracy = self.test(state)
             row = {
                 "epoch": epoch,
                 "train_loss": train_loss,
@@ -398,40 +346,140 @@ def fit(config: Config, recipe: Recipe, dataset: Dataset, results: Results) -> d
                 "test_loss": test_loss,
                 "test_accuracy": test_accuracy,
                 "seconds": seconds,
-                "images_per_second": speed,
+                "images_per_second": images / seconds,
             }
+            print(ROW.format(**row), flush=True)
             results.add(row)
-            print(
-                f"{epoch:>5}  {train_loss:>9.4g}  {train_accuracy:>8.2%}  "
-                f"{test_loss:>15.4g}  {test_accuracy:>8.2%}  {speed:>10,.0f}",
-                flush=True,
-            )
-    return row
+            state = self.begin_epoch(state)
+            self._save(checkpoints, state, results, score=test_accuracy)
+
+    def test(self, state: State) -> tuple[float, float]:
+        """Loss and accuracy over the held-out images."""
+        starts = range(0, len(self._test.labels), self._size)
+        parts = [self.evaluate(state, self._test, np.int32(start)) for start in starts]
+        return jax.tree.map(lambda *values: sum(values), *jax.device_get(parts)).means()
+
+    def _check(self, state: State) -> None:
+        if not self.is_finite(state):
+            loss, step = float(state.totals.loss), int(state.step)
+            raise checks.not_finite(loss, step, self.recipe.learning_rate, self.config.norm)
+
+    def _save(
+        self, checkpoints: Checkpoints, state: State, results: Results, score: float | None = None
+    ) -> None:
+        self._check(state)
+        checkpoints.save(int(state.step), state, {"history": results.history}, score)
+
+
+def train(config: Config) -> dict[str, float]:
+    """Train, and return the metrics of the last epoch."""
+    recipe = resolve(config)
+    if jax.process_count() > 1:
+        checks.output_is_said(config.output)
+    dataset = data.load(config.dataset, config.data_dir)
+    shape = dataset.train.images.shape
+    checks.batch_size(recipe.batch_size, shape[0])
+    placement = Placement(config.devices)
+    checks.spread(recipe.micro_batch, placement.count)
+    everything = results.as_json(
+        {**vars(config), **vars(recipe), "classes": dataset.classes, "images": shape}
+    )
+    default = default_folder(config, recipe)
+    folder = results.last_folder(config.output, default) if config.resume else None
+    if folder is None:
+        folder = results.new_folder(config.output, default)
+    else:
+        checks.same_run(folder, results.read_config(folder), everything, FREE)
+    devices.wait_for_all()
+
+    with Checkpoints(folder / "checkpoints") as checkpoints, Signals() as signals:
+        started = time.perf_counter()
+        trainer = Trainer(config, recipe, dataset, placement)
+        found = checkpoints.latest(trainer.first_state) if config.resume else None
+        state = trainer.first_state if found is None else found.state
+        history = [] if found is None else found.metadata["history"]
+        # Before the compilation, so that a folder that takes no results is found out at once.
+        with Results(folder, everything, history, tensorboard=config.tensorboard) as written:
+            print(*(f"{key:>16}  {value}" for key, value in everything.items()), sep="\n")
+            print(f"{shape[0]:,} training and {len(dataset.test.labels):,} held-out images")
+            if found is not None:
+                print(f"going on after step {found.step:,}")
+            programs = trainer.step, trainer.begin_epoch, trainer.evaluate, trainer.is_finite
+            seconds = time.perf_counter() - started
+            print(f"compiled {len(programs)} programs in {seconds:.1f} s\n{HEADER}", flush=True)
+            steps, done = trainer.steps, int(state.step)
+            with ProgressBar(steps, recipe.epochs, recipe.micro_batch, done=done) as progress:
+                trainer.fit(state, checkpoints, written, signals, progress)
+    parameters = sum(p.size for p in jax.tree.leaves(trainer.first_state.params))
+    print(f"{parameters:,} parameters, {devices.peak_memory()}; results in {folder}")
+    return written.history[-1]
+
+
+def trained(config: Config) -> tuple[Path, Config, Mapping[str, Any]]:
+    """The folder of a run that there is, its configuration, and all that is written of it."""
+    folder = results.last_folder(config.output, default_folder(config, resolve(config)))
+    if folder is None:
+        raise checks.no_run(config.output)
+    written = results.read_config(folder)
+    return folder, as_decided(config, written), written
+
+
+def evaluate(config: Config) -> dict[str, float]:
+    """Evaluate the last and the best checkpoint of a run; the metrics of the best one."""
+    folder, config, _ = trained(config)
+    dataset = data.load(config.dataset, config.data_dir)
+    trainer = Trainer(config, resolve(config), dataset, Placement(1))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        like = trainer.first_state
+        found = {"last": checkpoints.latest(like), "best": checkpoints.best(like)}
+    metrics: dict[str, float] = {}
+    for name, checkpoint in found.items():
+        if checkpoint is not None:
+            loss, accuracy = trainer.test(checkpoint.state)
+            metrics = {"step": checkpoint.step, "test_loss": loss, "test_accuracy": accuracy}
+            print(f"{name} (step {checkpoint.step:,}): loss {loss:.4g}, accuracy {accuracy:.2%}")
+    return metrics
+
+
+def predict(config: Config, picture: Path) -> dict[str, float]:
+    """Say what a picture shows, by the best checkpoint of a run: the probability of each class."""
+    folder, config, written = trained(config)
+    recipe, classes, shape = resolve(config), written["classes"], tuple(written["images"])
+    image = pictures.read(picture, shape[1:])
+    model = make_model(config, recipe, len(classes))
+    optimizer = make_optimizer(config, recipe, 1)
+    like = jax.jit(partial(first_state, model, optimizer, shape, config.seed))()
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        best = checkpoints.best(like) or checkpoints.latest(like)
+    if best is None:
+        raise checks.no_run(folder)
+    variables = {"params": best.state.params, "batch_stats": best.state.batch_stats}
+    logits: Any = model.apply(variables, data.to_float(image[None]), train=False)
+    values = jax.nn.softmax(logits[0].astype(jnp.float32)).tolist()
+    probabilities = dict(zip(classes, values, strict=True))
+    first, *others = sorted(classes, key=probabilities.__getitem__, reverse=True)[:3]
+    less = ", ".join(f"{name} {probabilities[name]:.1%}" for name in others)
+    print(f"{picture} shows {first}: {probabilities[first]:.1%} ({less})")
+    return probabilities
 
 
 def main(config: Config) -> dict[str, float]:
-    """Train, and return the metrics of the last epoch.
+    """Do what the configuration says: train, evaluate or predict, and return what came out.
 
     Raises:
-        TrainingError: a value is out of its range, the data set is absent or damaged, the output
-            folder holds results already or cannot be written to, or the loss is not finite.
+        TrainingError: a value is out of its range, data or checkpoints are absent or damaged, the
+            output folder holds another run or cannot be written to, the loss is not finite.
+        Stopped: a signal ended training; its state is saved.
     """
-    recipe = resolve(config)
-    dataset = load(config)
-    images = len(dataset.train.labels)
-    checks.batch_size(recipe.batch_size, images)
-
-    layers = config.norm + "-ws" * config.ws
-    name = f"{config.dataset}-{layers}-batch{recipe.batch_size}-seed{config.seed}"
-    folder = new_folder(config.output, Path("runs") / name)
-    everything = {**vars(config), **vars(recipe), "output": folder}
-    # Before the compilation, so that a folder that takes no results is found out at once.
-    with Results(folder, everything) as results:
-        print(*(f"{key:>14}  {value}" for key, value in everything.items()), sep="\n")
-        print(f"{images:,} training and {len(dataset.test.labels):,} held-out images", flush=True)
-        last = fit(config, recipe, dataset, results)
-    print(f"results in {folder}")
-    return last
+    if config.distributed or config.coordinator is not None:
+        devices.connect(config.coordinator, config.num_processes, config.process_id)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() > 0:  # the first process speaks for all
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        if config.predict is not None:
+            return predict(config, config.predict)
+        return evaluate(config) if config.eval_only else train(config)
 
 
 def command_line() -> None:
@@ -441,8 +489,11 @@ def command_line() -> None:
         main(tyro.cli(Config, description="\n\n".join((__doc__ or "").split("\n\n")[:2])))
     except checks.TrainingError as error:
         sys.exit(f"train_cifar.py: {error}")
+    except Stopped as stopped:
+        print(f"train_cifar.py: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)  # as shells count it
     except KeyboardInterrupt:
-        sys.exit(130)  # as shells count it: 128 and the number of the signal
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -216,13 +216,18 @@ def standardization(epsilon_role: str, eps: float, gamma: float) -> None:
         )
 
 
-def image_size(shape: Sequence[int], num_blocks: int) -> None:
-    """Each block halves the image, and at least one pixel must remain."""
+def image_axes(shape: Sequence[int]) -> None:
+    """Images come in a batch, with their channels last."""
     if len(shape) != 4:
         raise ValueError(
             f"The images must be (n, height, width, channels), but their shape is {tuple(shape)}. "
             "For a single image, add the batch axis with x[None]."
         )
+
+
+def image_size(shape: Sequence[int], num_blocks: int) -> None:
+    """Each block halves the image, and at least one pixel must remain."""
+    image_axes(shape)
     smallest = 2**num_blocks
     if min(shape[1:3]) < smallest:
         raise ValueError(
@@ -244,3 +249,21 @@ def blocks(value: Sequence[Sequence[int]]) -> None:
             "blocks must list the features of at least one convolution in each of at least one "
             f"block, but blocks={value}. An example: ((64, 64), (128, 128))."
         )
+
+
+def resnet_depth(value: int) -> int:
+    """The layers of a ResNet are 3 stages of n blocks of 2, the first one and the last one.
+
+    Returns:
+        The number n of blocks in a stage.
+    """
+    blocks, rest = divmod(value - 2, 6)
+    if not isinstance(value, int) or rest or blocks < 1:
+        below = 6 * int(blocks) + 2
+        nearest = f"{below} and {below + 6}" if blocks >= 1 else "8 and 14"
+        raise ValueError(
+            "depth must be a whole number 6n + 2, which is 3 stages of n blocks of 2 convolutions, "
+            "a first convolution and a dense layer, with n at least 1, but "
+            f"depth={value}. The nearest that fit are {nearest}."
+        )
+    return blocks

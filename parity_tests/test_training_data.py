@@ -10,25 +10,32 @@ import pytest
 
 from bcn_flax.training import data
 from bcn_flax.training.checks import TrainingError
+from bcn_flax.training.cifar import CIFAR10, CIFAR100
 from bcn_flax.training.data import Split
 
 KEY = jax.random.key(0)
-NAMES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
 
 
-def write_cifar10(folder, records=2, seed=0):
-    """Small files of CIFAR-10's format; all labels and images in the order of NAMES."""
+def write_cifar(source, folder, records=2, seed=0):
+    """Small files of CIFAR's format; all images and labels in the order of the files."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     labels, images = [], []
-    for name in NAMES:
+    for name in source.train + source.test:
         with (folder / name).open("wb") as file:
             for _ in range(records):
-                labels.append(int(rng.integers(10)))
+                labels.append(int(rng.integers(source.classes)))
                 images.append(rng.integers(0, 256, (32, 32, 3), np.uint8))
                 red, green, blue = (images[-1][:, :, plane].tobytes() for plane in range(3))
-                file.write(bytes([labels[-1]]) + red + green + blue)
+                coarse = bytes([rng.integers(20)] * (source.label_bytes - 1))
+                file.write(coarse + bytes([labels[-1]]) + red + green + blue)
+    names = [f"class_{i}" for i in range(source.classes)]
+    (folder / source.class_names).write_text("\n".join([*names, "", ""]))
     return np.array(images), np.array(labels)
+
+
+def write_cifar10(folder, records=2):
+    return write_cifar(CIFAR10, folder, records)
 
 
 def message(call, *args):
@@ -37,60 +44,73 @@ def message(call, *args):
     return str(caught.value)
 
 
+def afresh(folder):
+    return (
+        f"Unpack the archive of the binary version again, or remove {folder}: without it, the "
+        "archive is looked for, downloaded if need be, and read as it is."
+    )
+
+
 @pytest.mark.parametrize("inside", [True, False])
-def test_cifar10_is_read_image_by_image(tmp_path, inside):
-    folder = tmp_path / "cifar-10-batches-bin"
-    images, labels = write_cifar10(folder)
-    train, test = data.cifar10(folder if inside else tmp_path)
-    np.testing.assert_array_equal(train.images, images[:10])
-    np.testing.assert_array_equal(train.labels, labels[:10])
-    np.testing.assert_array_equal(test.images, images[10:])
-    np.testing.assert_array_equal(test.labels, labels[10:])
+@pytest.mark.parametrize(("name", "source"), [("cifar10", CIFAR10), ("cifar100", CIFAR100)])
+def test_cifar_is_read_image_by_image(tmp_path, name, source, inside):
+    folder = tmp_path / source.folder
+    images, labels = write_cifar(source, folder)
+    n = 2 * len(source.train)
+    train, test, classes = data.load(name, folder if inside else tmp_path)
+    np.testing.assert_array_equal(train.images, images[:n])
+    np.testing.assert_array_equal(train.labels, labels[:n])
+    np.testing.assert_array_equal(test.images, images[n:])
+    np.testing.assert_array_equal(test.labels, labels[n:])
     assert train.images.dtype == np.uint8
     assert train.labels.dtype == np.int32
+    assert classes == tuple(f"class_{i}" for i in range(source.classes))
 
 
-def test_absent_files_are_told_how_to_come_by(tmp_path):
+def test_classes_without_names_are_numbered(tmp_path):
+    write_cifar10(tmp_path / "cifar")
+    (tmp_path / "cifar" / "batches.meta.txt").unlink()
+    assert data.load("cifar10", tmp_path / "cifar").classes == tuple("0123456789")
+
+
+def test_a_class_name_too_few(tmp_path):
+    write_cifar10(tmp_path / "cifar")
+    path = tmp_path / "cifar" / "batches.meta.txt"
+    path.write_bytes(b"cat\ndog\n\xff\n")
+    assert message(data.load, "cifar10", tmp_path / "cifar") == (
+        f"{path} must hold the names of 10 classes, one a line, but holds 3: it is damaged or of "
+        f"another format. {afresh(path.parent)}"
+    )
+
+
+def test_absent_files_are_named(tmp_path):
     folder = tmp_path / "cifar-10-batches-bin"
     write_cifar10(folder)
     (folder / "data_batch_2.bin").unlink()
     (folder / "test_batch.bin").unlink()
-    assert message(data.cifar10, tmp_path) == (
-        f"The files of CIFAR-10 must lie in {tmp_path}, but these are missing: "
-        f"{folder}/data_batch_2.bin, {folder}/test_batch.bin. Either\n"
-        "  1. download the binary version, "
-        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz\n"
-        "     (170,052,171 bytes, sha256 "
-        "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd),\n"
-        f"     and unpack it there: mkdir -p {tmp_path} && "
-        f"tar -xzf cifar-10-binary.tar.gz -C {tmp_path}\n"
-        "  2. name the folder that holds it: --data-dir FOLDER\n"
-        "  3. train on a data set that needs no download: --dataset digits"
+    assert message(data.load, "cifar10", tmp_path) == (
+        f"The files of CIFAR-10 must lie in {folder}, but these are missing or no regular files: "
+        f"data_batch_2.bin, test_batch.bin. {afresh(folder)}"
     )
 
 
-def test_an_absent_folder_misses_all_files(tmp_path):
-    text = message(data.cifar10, tmp_path / "nowhere")
-    assert all(name in text for name in NAMES)
-
-
-def test_a_file_is_no_folder_of_data(tmp_path):
-    path = tmp_path / "cifar-10-binary.tar.gz"
-    path.write_bytes(b"")
-    assert message(data.cifar10, path) == (
-        f"The data must lie in a folder, but {path} is a file. Name the folder that holds "
-        "cifar-10-batches-bin: --data-dir FOLDER. If that file is the archive, unpack it first: "
-        f"mkdir -p data && tar -xzf {path} -C data"
+def test_a_folder_in_the_place_of_a_file(tmp_path):
+    write_cifar10(tmp_path / "cifar")
+    path = tmp_path / "cifar" / "data_batch_4.bin"
+    path.unlink()
+    path.mkdir()
+    assert message(data.load, "cifar10", tmp_path / "cifar") == (
+        f"Cannot read {path}: Is a directory. Name another --data-dir."
     )
 
 
 def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
-    def refuse(path, dtype):
+    def refuse(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     write_cifar10(tmp_path / "cifar")
-    monkeypatch.setattr(np, "fromfile", refuse)  # the superuser may read everything
-    assert message(data.cifar10, tmp_path / "cifar") == (
+    monkeypatch.setattr(type(tmp_path), "read_bytes", refuse)  # the superuser may read everything
+    assert message(data.load, "cifar10", tmp_path / "cifar") == (
         f"Cannot read {tmp_path}/cifar/data_batch_1.bin: Permission denied. "
         "Name another --data-dir."
     )
@@ -101,31 +121,41 @@ def test_a_file_cut_off(tmp_path, size, records, rest):
     write_cifar10(tmp_path / "cifar")
     path = tmp_path / "cifar" / "data_batch_3.bin"
     path.write_bytes(path.read_bytes()[:size])
-    assert message(data.cifar10, tmp_path / "cifar") == (
+    assert message(data.load, "cifar10", tmp_path / "cifar") == (
         f"{path} must hold whole records of 3073 bytes, but its size is {size} bytes, "
-        f"{records} records and {rest} bytes. The file is cut off or of another format: unpack the "
-        "binary version of the archive again."
+        f"{records} records and {rest} bytes: it is cut off or of another format. "
+        f"{afresh(path.parent)}"
     )
 
 
-def test_a_label_that_is_no_class(tmp_path):
-    write_cifar10(tmp_path / "cifar")
-    path = tmp_path / "cifar" / "test_batch.bin"
+@pytest.mark.parametrize(
+    ("source", "file", "at"), [(CIFAR10, "test_batch.bin", 3073), (CIFAR100, "test.bin", 3075)]
+)
+def test_a_label_that_is_no_class(tmp_path, source, file, at):
+    write_cifar(source, tmp_path / "cifar")
+    path = tmp_path / "cifar" / file
     values = bytearray(path.read_bytes())
-    values[3073] = 10
+    values[at] = source.classes
     path.write_bytes(values)
-    assert message(data.cifar10, tmp_path / "cifar") == (
-        f"The labels in {path} must be from 0 to 9, but that of record 1 is 10. The file is "
-        "damaged or of another format: unpack the binary version of the archive again."
+    assert message(data.from_cifar, source, tmp_path / "cifar") == (
+        f"The labels in {path} must be from 0 to {source.classes - 1}, but that of record 1 is "
+        f"{source.classes}: it is damaged or of another format. {afresh(path.parent)}"
     )
 
 
-def test_digits_are_split_once_and_for_all():
-    train, test = data.digits()
+def test_there_is_no_other_data_set(tmp_path):
+    assert message(data.load, "mnist", tmp_path) == (
+        "dataset must be one of digits, cifar10, cifar100, but dataset='mnist'."
+    )
+
+
+def test_digits_are_split_once_and_for_all(tmp_path):
+    train, test, classes = data.load("digits", tmp_path)
     assert train.images.shape == (1437, 8, 8, 1)
     assert test.images.shape == (360, 8, 8, 1)
     assert (train.images.dtype, train.labels.dtype) == (np.uint8, np.int32)
     assert (train.images.min(), train.images.max()) == (0, 255)
+    assert classes == tuple("0123456789")
     assert set(np.bincount(test.labels)) <= {35, 36, 37}
     # The accuracies in train_cifar.py are those of this split.
     digest = hashlib.sha256(test.images.tobytes() + test.labels.tobytes()).hexdigest()
@@ -137,7 +167,7 @@ def test_digits_are_split_once_and_for_all():
 def test_digits_are_all_there():
     import sklearn.datasets
 
-    train, test = data.digits()
+    train, test, _ = data.digits()
     images = np.concatenate([train.images, test.images]).reshape(1797, 64)
     labels = np.concatenate([train.labels, test.labels])
     source = sklearn.datasets.load_digits()

@@ -19,13 +19,16 @@ import pytest
 import tyro
 
 import train_cifar
+from bcn_flax.training import config as configuration
 from bcn_flax.training import data
 from bcn_flax.training.checks import TrainingError
+from bcn_flax.training.config import RECIPES, Config, Recipe
 from bcn_flax.training.data import Split
+from bcn_flax.training.devices import Placement
 from bcn_flax.training.progress import ProgressBar
 from bcn_flax.training.results import Results, new_folder
 from parity_tests.test_training_data import write_cifar10
-from train_cifar import Config, Recipe, State, Totals
+from train_cifar import State, Trainer
 
 ROOT = Path(train_cifar.__file__).parent
 KEY = jax.random.key(0)
@@ -39,9 +42,9 @@ def _in_its_own_folder(tmp_path, monkeypatch):
 
 def use_small_networks(patch):
     """Recipes with a network that compiles fast."""
-    for name, recipe in train_cifar.RECIPES.items():
+    for name, recipe in list(RECIPES.items()):
         recipe = dataclasses.replace(recipe, blocks=((8,),), groups=4, epochs=2)
-        patch.setitem(train_cifar.RECIPES, name, recipe)
+        patch.setitem(RECIPES, name, recipe)
 
 
 @pytest.fixture
@@ -61,29 +64,25 @@ def runs(tmp_path_factory):
         use_small_networks(patch)
         patch.chdir(folder)
         patch.setattr(data, "random_shift", lambda *args: traces.append(1) or shift(*args))
-        metrics = [train_cifar.main(Config()) for _ in range(2)]
+        metrics = [train_cifar.main(Config(devices=1)) for _ in range(2)]
     return folder / "runs", metrics, len(traces)
 
 
-def set_up(train=None, **options):
-    """Model, step, and first state of a run with these options, and its training set."""
+def run_of(images=None, **options):
+    """What trains with these options, on one device."""
     config = Config(**options)
-    recipe = train_cifar.resolve(config)
-    model = train_cifar.make_model(config, recipe)
-    optimizer = train_cifar.make_optimizer(config, recipe, 100)
-    train = jax.device_put(train or data.digits().train)
-    state = train_cifar.first_state(model, optimizer, train.images, config.seed)
-    return model, train_cifar.make_step(model, optimizer, recipe), state, train
+    images = images or data.digits()
+    return Trainer(config, configuration.resolve(config), images, Placement(1))
 
 
-def few_steps(step, state, train, steps=3):
+def few_steps(trainer, steps=3):
     """The state after a few steps, on the host, and their average loss."""
-    state, order = train_cifar.shuffle(state, len(train.labels))
-    totals = train_cifar.no_totals()
+    state = trainer.first_state
+    train = jax.device_put(data.digits().train)
     for _ in range(steps):
-        state, totals = step(state, totals, train, order)
-    state = state._replace(key=jax.random.key_data(state.key))
-    return jax.device_get(state), totals.means()[0]
+        state = trainer.step(state, train)
+    loss, _ = state.totals.means()
+    return jax.device_get(state._replace(key=jax.random.key_data(state.key))), loss
 
 
 def message(call, *args):
@@ -106,7 +105,8 @@ def test_a_run_leaves_its_results(runs):
     config = json.loads((folder / "config.json").read_text())
     assert config["batch_size"] == 32  # resolved: no None is left where a recipe decides
     assert config["blocks"] == [[8]]
-    assert config.keys() == {f.name for c in (Config, Recipe) for f in dataclasses.fields(c)}
+    names = {f.name for c in (Config, Recipe) for f in dataclasses.fields(c)}
+    assert config.keys() == names | {"classes", "images"}
     assert matplotlib.image.imread(folder / "curves.png").ndim == 3
 
 
@@ -124,15 +124,17 @@ def test_the_step_is_traced_once_in_a_run(runs):
 
 def test_cifar10_from_end_to_end(small, tmp_path, capsys):
     write_cifar10(tmp_path / "cifar", records=4)
-    config = Config(dataset="cifar10", data_dir=tmp_path / "cifar", batch_size=8, epochs=1)
+    config = Config(
+        dataset="cifar10", data_dir=tmp_path / "cifar", batch_size=8, epochs=1, devices=1
+    )
     last = train_cifar.main(dataclasses.replace(config, output=Path("here")))
     assert math.isfinite(last["test_loss"])
     assert Path("here/metrics.jsonl").exists()
     printed = capsys.readouterr().out.splitlines()
     assert "20 training and 4 held-out images" in printed
-    assert any(line.startswith("compiled in ") for line in printed)
+    assert any(re.fullmatch(r"compiled 4 programs in [\d.]+ s", line) for line in printed)
     assert printed[-2].split()[0] == "1"
-    assert printed[-1] == "results in here"
+    assert re.fullmatch(r"[\d,]+ parameters, [\d,]+ MiB of memory; results in here", printed[-1])
 
 
 @pytest.mark.parametrize(("dataset", "expected"), [("cifar10", 1), ("digits", 0)])
@@ -142,11 +144,9 @@ def test_photographs_are_mirrored_and_digits_are_not(small, monkeypatch, dataset
     monkeypatch.setattr(data, "random_flip", lambda *args: flips.append(1) or flip(*args))
     train = Split(jnp.zeros((8, 8, 8, 3), jnp.uint8), jnp.zeros(8, jnp.int32))
 
-    def trace():
-        _, step, state, _ = set_up(train, dataset=dataset, batch_size=4)
-        return step(state, train_cifar.no_totals(), train, jnp.arange(8))
-
-    jax.eval_shape(trace)
+    tiny = data.Dataset(train, train, tuple("0123456789"))
+    trainer = run_of(tiny, dataset=dataset, batch_size=4)
+    _ = trainer.step
     assert len(flips) == expected
 
 
@@ -154,11 +154,7 @@ def test_photographs_are_mirrored_and_digits_are_not(small, monkeypatch, dataset
 
 
 def test_the_seed_decides_every_bit_of_the_state(small):
-    runs = [set_up(seed=seed) for seed in (0, 0, 1)]
-    step = jax.jit(runs[0][1], donate_argnums=(0, 1))
-    (one, loss), (same, same_loss), (other, _) = (
-        few_steps(step, state, train) for _, _, state, train in runs
-    )
+    (one, loss), (same, same_loss), (other, _) = (few_steps(run_of(seed=s)) for s in (0, 0, 1))
     assert loss == same_loss
     jax.tree.map(np.testing.assert_array_equal, one, same)
     assert (one.params["fc"]["kernel"] != other.params["fc"]["kernel"]).all()
@@ -172,15 +168,15 @@ def test_the_seed_decides_every_bit_of_the_state(small):
         {"norm": "bn"},
         {"norm": "gn", "optimizer": "sgd", "schedule": "constant"},
         {"norm": "none", "ws": False},
+        {"dtype": "bfloat16", "clip_norm": 1.0, "weight_decay": 0.1, "label_smoothing": 0.1},
     ],
     ids=str,
 )
 def test_every_norm_trains_on_single_images(small, options):
-    _, step, state, train = set_up(batch_size=1, **options)
-    state, loss = few_steps(jax.jit(step, donate_argnums=(0, 1)), state, train)
+    state, loss = few_steps(run_of(batch_size=1, **options))
     assert math.isfinite(loss)
     assert state.step == 3
-    assert bool(state.batch_stats) == (options["norm"] in ("bcn", "bn"))
+    assert bool(state.batch_stats) == (options.get("norm", "bcn") in ("bcn", "bn"))
 
 
 # One epoch
@@ -201,17 +197,18 @@ class IndexModel:
 def test_an_epoch_takes_each_image_once_in_a_new_order_and_drops_the_rest():
     n, model = 23, IndexModel()
     config = Config(batch_size=4, optimizer="sgd", learning_rate=0.1, schedule="constant")
-    recipe = dataclasses.replace(train_cifar.resolve(config), shift=0)
+    recipe = dataclasses.replace(configuration.resolve(config), shift=0)
     optimizer = train_cifar.make_optimizer(config, recipe, 10)
     images = jnp.arange(n, dtype=jnp.uint8).reshape(n, 1, 1, 1)
     train = Split(images, jnp.zeros(n, jnp.int32))
-    params = jnp.ones((1, 1))
-    key = jax.random.key(0)
-    state = State(params, {}, optimizer.init(params), jnp.zeros((), jnp.int32), key)
-    step = jax.jit(train_cifar.make_step(model, optimizer, recipe))
-    with ProgressBar(5, 2) as progress:
-        for _ in range(2):
-            state, _, _ = train_cifar.train_epoch(step, state, train, recipe, "bcn", progress)
+    params, totals = jnp.ones((1, 1)), train_cifar.no_totals()
+    step, order = jnp.zeros((), jnp.int32), jnp.arange(n)
+    state = State(params, {}, optimizer.init(params), step, KEY, order, totals)
+    step = jax.jit(train_cifar.make_step(model, optimizer, config, recipe, lambda batch: batch))
+    for _ in range(2):
+        state = train_cifar.begin_epoch(state)
+        for _ in range(recipe.steps(n)):
+            state = step(state, train)
     jax.effects_barrier()
     first, second = np.array(model.seen[:5]), np.array(model.seen[5:])
     assert first.shape == second.shape == (5, 4)
@@ -222,35 +219,100 @@ def test_an_epoch_takes_each_image_once_in_a_new_order_and_drops_the_rest():
     assert (first.ravel() != np.sort(first.ravel())).any()
 
 
-@pytest.mark.parametrize(("norm", "more"), [("bcn", ""), ("none", ", or use a norm")])
-def test_a_loss_that_is_not_finite_stops_training(norm, more):
-    def step(state, totals, train, order):
-        bad = jnp.asarray(jnp.nan, jnp.float32)
-        return state._replace(step=state.step + 1), Totals(bad, totals.correct, totals.images + 2)
-
-    recipe = dataclasses.replace(train_cifar.RECIPES["digits"], batch_size=2, learning_rate=30.0)
-    state = State({}, {}, (), jnp.zeros((), jnp.int32), jax.random.key(0))
-    train = Split(jnp.zeros((6, 1, 1, 1), jnp.uint8), jnp.zeros(6, jnp.int32))
-    with ProgressBar(3, 1, interval=math.inf) as progress:
-        text = message(train_cifar.train_epoch, step, state, train, recipe, norm, progress)
-    assert text == (
-        "The loss must stay finite, but it was nan by step 3, so training stopped. "
-        f"Lower the learning rate, which is 30{more}."
+def test_micro_batches_are_one_step_of_their_average_gradient(small):
+    """Without a norm by the batch, they compute what the batch does; estimates move with each."""
+    options = {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "constant", "batch_size": 8}
+    whole, _ = few_steps(run_of(norm="gn", **options), steps=1)
+    trainer = run_of(norm="gn", **options, micro_batch=2)
+    start = jax.device_get(trainer.first_state.params)
+    before, _ = few_steps(trainer, steps=3)
+    jax.tree.map(np.testing.assert_array_equal, before.params, start)
+    after, _ = few_steps(run_of(norm="gn", **options, micro_batch=2), steps=4)
+    # Images are shifted by other random numbers, so that steps are alike and not the same.
+    moved, expected = (
+        np.concatenate([(x - y).ravel() for x, y in zip(*map(jax.tree.leaves, pair), strict=True)])
+        for pair in ((after.params, start), (whole.params, start))
     )
+    assert np.corrcoef(moved, expected)[0, 1] > 0.9
+    assert 0.8 < np.linalg.norm(moved) / np.linalg.norm(expected) < 1.25
+
+    estimates = [few_steps(run_of(**options, micro_batch=2), n)[0].batch_stats for n in (1, 2)]
+    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, estimates), strict=True))
+
+
+def test_averages_look_as_far_back_with_micro_batches():
+    recipe = configuration.resolve(Config(micro_batch=4))
+    assert recipe.norm_momentum**8 == pytest.approx(0.95)
+    assert recipe.learning_rate == configuration.resolve(Config()).learning_rate
+    assert (recipe.micro_batches, recipe.steps(100)) == (8, 24)
+
+
+@pytest.mark.parametrize(("norm", "more"), [("bcn", ""), ("none", ", or use a norm")])
+def test_a_loss_that_is_not_finite_stops_training_and_is_not_saved(small, norm, more):
+    config = Config(norm=norm, ws=False, optimizer="sgd", learning_rate=1e38, devices=1)
+    text = message(train_cifar.main, dataclasses.replace(config, output=Path("here")))
+    assert re.fullmatch(
+        r"Loss and weights must stay finite, but (the loss was (nan|inf)|there were weights that "
+        rf"are not) by step \d+, so training stopped\. Lower the learning rate, which is "
+        rf"1e\+38{more}\. The last good checkpoint is kept\.",
+        text,
+    )
+    assert not (Path("here") / "metrics.jsonl").read_text()
+
+
+def test_kernels_decay_and_scales_and_biases_do_not():
+    config = Config(weight_decay=0.5, learning_rate=0.1, schedule="constant")
+    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+    for optimizer in "adam", "sgd":
+        chosen = dataclasses.replace(config, optimizer=optimizer)
+        tx = train_cifar.make_optimizer(chosen, configuration.resolve(chosen), 4)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        assert (updates["bias"] == 0).all()
+        assert (updates["kernel"] < -0.04).all()
+
+
+def test_long_gradients_are_scaled_down():
+    config = Config(clip_norm=1.0, optimizer="sgd", learning_rate=1.0, schedule="constant")
+    tx = train_cifar.make_optimizer(config, configuration.resolve(config), 4)
+    params = {"a": jnp.zeros(2)}
+    updates, _ = tx.update({"a": jnp.array([3.0, 4.0])}, tx.init(params), params)
+    # The first step of Nesterov's momentum is 1.9 gradients long.
+    np.testing.assert_allclose(updates["a"], [-1.9 * 0.6, -1.9 * 0.8], rtol=1e-6)
+
+
+def test_steps_fall_after_a_half_and_after_three_quarters():
+    config = Config(schedule="step", learning_rate=0.5)
+    rate = train_cifar.make_schedule(configuration.resolve(config), 100)
+    np.testing.assert_allclose([rate(n) for n in (49, 51, 74, 76)], [0.5, 0.05, 0.05, 0.005])
+
+
+def test_smoothed_labels_leave_a_loss_where_the_network_is_sure():
+    logits, labels = jnp.array([[100.0, 0.0]]), jnp.array([0])
+    assert train_cifar.cross_entropy(logits, labels)[0] == 0
+    np.testing.assert_allclose(train_cifar.cross_entropy(logits, labels, 0.1), [5.0], rtol=1e-6)
+
+
+def test_a_resnet_trains_too(small):
+    last = train_cifar.main(Config(network="resnet", depth=8, epochs=1, devices=1, batch_size=256))
+    assert math.isfinite(last["test_loss"])
+    assert [p.name for p in Path("runs").iterdir()] == ["digits-resnet8-bcn-ws-batch256-seed0"]
 
 
 def test_without_a_terminal_there_are_plain_lines_within_epochs(capsys):
-    with ProgressBar(1500, 2, line_interval=0) as progress:
+    with ProgressBar(1500, 2, 4, line_interval=0) as progress:
         for step in 1234, 1500, 1501, 3000:
             progress.show(step, 1.23456e18, 0.125)
-    assert capsys.readouterr().out.splitlines() == [
-        "epoch 1: 1,234 of 1,500 steps, loss 1.235e+18, accuracy 12.50%",
-        "epoch 2: 1 of 1,500 steps, loss 1.235e+18, accuracy 12.50%",
+    assert [
+        re.sub(r"[\d,]+ images", "N images", line) for line in capsys.readouterr().out.splitlines()
+    ] == [
+        "epoch 1: 1,234 of 1,500 steps, loss 1.235e+18, accuracy 12.50%, N images/s",
+        "epoch 2: 1 of 1,500 steps, loss 1.235e+18, accuracy 12.50%, N images/s",
     ]
 
 
 def test_there_are_few_plain_lines(capsys):
-    with ProgressBar(1500, 1, line_interval=math.inf) as progress:
+    with ProgressBar(1500, 1, 4, line_interval=math.inf) as progress:
         progress.show(1, 1.0, 0.125)
     assert capsys.readouterr().out == ""
 
@@ -258,24 +320,16 @@ def test_there_are_few_plain_lines(capsys):
 # Evaluation
 
 
-def test_evaluation_counts_each_held_out_image_once_and_changes_nothing(small):
-    model, _, state, _ = set_up()
-    test = data.digits().test
+def test_evaluation_counts_each_held_out_image_once_and_changes_nothing(small, monkeypatch):
+    monkeypatch.setattr(train_cifar, "EVALUATION_BATCH", 100)  # does not divide 360
+    trainer, test = run_of(), data.digits().test
+    state = trainer.first_state
     before = jax.device_get((state.params, state.batch_stats))
-    size = 100  # does not divide 360
-    evaluate = jax.jit(train_cifar.make_evaluation(model, size), donate_argnums=1)
-    padded = jax.device_put(data.pad(test, size))
-    counted = []
-
-    def counting(*args):
-        totals = evaluate(*args)
-        counted.append(int(totals.images))
-        return totals
-
-    loss, accuracy = train_cifar.test_epoch(counting, state, padded, size)
-    assert counted == [100, 200, 300, 360]
+    loss, accuracy = trainer.test(state)
 
     variables = {"params": state.params, "batch_stats": state.batch_stats}
+    config = Config()
+    model = train_cifar.make_model(config, configuration.resolve(config), 10)
     apply = jax.jit(model.apply, static_argnames="train")
     logits = apply(variables, data.to_float(test.images), train=False)
     log_probability = np.asarray(jax.nn.log_softmax(logits), np.float64)
@@ -288,13 +342,14 @@ def test_evaluation_counts_each_held_out_image_once_and_changes_nothing(small):
 
 
 def test_cifar10_is_trained_as_published():
-    recipe = train_cifar.resolve(Config(dataset="cifar10"))
+    recipe = configuration.resolve(Config(dataset="cifar10"))
     assert recipe == Recipe(
         blocks=((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512)),
         shift=4,
         flip=True,
         groups=32,
         batch_size=64,
+        micro_batch=64,
         epochs=10,
         schedule="constant",
         learning_rate=2.5e-4,
@@ -305,13 +360,13 @@ def test_cifar10_is_trained_as_published():
 
 @pytest.mark.parametrize("dataset", ["digits", "cifar10"])
 def test_smaller_batches_take_smaller_steps_and_longer_averages(dataset):
-    own = train_cifar.resolve(Config(dataset=dataset))
-    one = train_cifar.resolve(Config(dataset=dataset, batch_size=1))
+    own = configuration.resolve(Config(dataset=dataset))
+    one = configuration.resolve(Config(dataset=dataset, batch_size=1))
     assert one.learning_rate == pytest.approx(own.learning_rate / own.batch_size**0.5)
     assert one.norm_momentum**own.batch_size == pytest.approx(own.norm_momentum)
     sgd = Config(dataset=dataset, optimizer="sgd")
     rates = [
-        train_cifar.resolve(dataclasses.replace(sgd, batch_size=n)).learning_rate for n in (1, 8)
+        configuration.resolve(dataclasses.replace(sgd, batch_size=n)).learning_rate for n in (1, 8)
     ]
     assert rates[1] == pytest.approx(8 * rates[0])
 
@@ -328,13 +383,13 @@ def test_the_command_line_wins():
     words = [w for name, v in said.items() for w in (f"--{name.replace('_', '-')}", str(v))]
     config = tyro.cli(Config, args=["--norm", "gn", "--no-ws", "--optimizer", "sgd", *words])
     assert (config.norm, config.ws, config.optimizer) == ("gn", False, "sgd")
-    assert said.items() <= dataclasses.asdict(train_cifar.resolve(config)).items()
+    assert said.items() <= dataclasses.asdict(configuration.resolve(config)).items()
 
 
 def test_a_cosine_ends_at_0_and_a_constant_rate_does_not():
     def last_update(schedule, optimizer):
         config = Config(schedule=schedule, optimizer=optimizer, learning_rate=0.5)
-        tx = train_cifar.make_optimizer(config, train_cifar.resolve(config), 4)
+        tx = train_cifar.make_optimizer(config, configuration.resolve(config), 4)
         params = jnp.ones(())
         state = tx.init(params)
         for _ in range(5):  # the cosine has reached 0 after its 4 steps
@@ -349,12 +404,42 @@ def test_a_cosine_ends_at_0_and_a_constant_rate_does_not():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"dataset": "mnist"}, "dataset must be one of digits, cifar10, but dataset='mnist'."),
+        (
+            {"dataset": "mnist"},
+            "dataset must be one of digits, cifar10, cifar100, but dataset='mnist'.",
+        ),
+        ({"network": "lenet"}, "network must be one of vgg, resnet, but network='lenet'."),
+        (
+            {"network": "resnet", "depth": 21},
+            "depth must be 6 n + 2 for a whole n from 1 on, but depth=21. Published are 20, 32, "
+            "44, 56 and 110.",
+        ),
+        (
+            {"micro_batch": 5},
+            "micro_batch must divide batch_size, but micro_batch=5 and batch_size=32.",
+        ),
+        (
+            {"label_smoothing": 1.0},
+            "label_smoothing must be at least 0 and less than 1, but label_smoothing=1.0.",
+        ),
+        (
+            {"weight_decay": -1.0},
+            "weight_decay must be at least 0 and finite, but weight_decay=-1.0.",
+        ),
+        (
+            {"devices": 9},
+            "devices must be from 1 to 8, which JAX sees here, but devices=9.",
+        ),
+        (
+            {"batch_size": 4},
+            "Micro-batches must be a multiple of the devices, but they have 4 images and there are "
+            "8 devices. Use fewer with --devices, or another --batch-size or --micro-batch.",
+        ),
         ({"norm": "ln"}, "norm must be one of bcn, bn, gn, none, but norm='ln'."),
         ({"optimizer": "lion"}, "optimizer must be one of adam, sgd, but optimizer='lion'."),
         (
             {"schedule": "linear"},
-            "schedule must be one of constant, cosine, but schedule='linear'.",
+            "schedule must be one of constant, cosine, step, but schedule='linear'.",
         ),
         ({"seed": -1}, "seed must be from 0 to 4294967295, but seed=-1."),
         (
@@ -406,7 +491,7 @@ def test_bad_values(options, text):
 
 
 def test_groups_do_not_matter_where_there_are_none():
-    assert train_cifar.resolve(Config(norm="bn", groups=12)).groups == 12
+    assert configuration.resolve(Config(norm="bn", groups=12)).groups == 12
 
 
 # The output folder
@@ -419,10 +504,11 @@ def test_a_second_run_has_a_second_folder():
 
 def test_results_are_never_overwritten():
     here = Path("here")
-    Results(new_folder(here, Path("unused")), {"seed": 0})
+    Results(new_folder(here, Path("unused")), {"seed": 0}, (), tensorboard=False)
     assert message(new_folder, here, Path("unused")) == (
-        "The output folder must not hold results already, but here holds config.json. Name another "
-        "folder, move that one away, or leave --output out: a new folder is made then."
+        "The output folder must not hold results already, but here holds config.json, "
+        "metrics.jsonl. Name another folder, move that one away, or leave --output out: a new "
+        "folder is made then."
     )
     assert json.loads(Path("here/config.json").read_text()) == {"seed": 0}
     assert not Path("unused").exists()
@@ -456,9 +542,9 @@ def no_compilation(*args):
 
 
 def test_a_folder_that_cannot_be_made(monkeypatch):
-    monkeypatch.setattr(train_cifar, "fit", no_compilation)
+    monkeypatch.setattr(Trainer, "step", property(no_compilation))
     Path("afile").write_text("mine")
-    assert message(train_cifar.main, Config(output=Path("afile/sub"))) == (
+    assert message(train_cifar.main, Config(output=Path("afile/sub"), devices=1)) == (
         "Cannot write to afile/sub: Not a directory. Name another --output."
     )
     Path("runs").write_text("mine")
@@ -471,37 +557,37 @@ def test_a_folder_that_takes_no_files_is_found_out_before_the_compilation(monkey
     def refuse(path, text):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(train_cifar, "fit", no_compilation)
+    monkeypatch.setattr(Trainer, "step", property(no_compilation))
     monkeypatch.setattr(Path, "write_text", refuse)  # the superuser may write everywhere
-    assert message(train_cifar.main, Config(output=Path("here"))) == (
+    assert message(train_cifar.main, Config(output=Path("here"), devices=1)) == (
         "Cannot write to here: Permission denied. Name another --output."
     )
 
 
 def test_a_disk_that_fills_up_in_training():
-    results = Results(new_folder(Path("here"), Path("unused")), {})
+    results = Results(new_folder(Path("here"), Path("unused")), {}, (), tensorboard=False)
+    Path("here/metrics.jsonl").unlink()
     Path("here/metrics.jsonl").symlink_to("/dev/full")
     assert message(results.add, {"epoch": 1}) == (
         "Cannot write to here: No space left on device. Name another --output."
     )
 
 
-def test_a_compilation_that_fails_leaves_the_configuration(monkeypatch):
-    def fail(*args):
+def test_a_compilation_that_fails_leaves_the_configuration(monkeypatch, small):
+    def fail(self):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(train_cifar, "compiled", fail)
-    monkeypatch.setattr(train_cifar, "first_state", lambda *args: State({}, {}, (), 0, KEY))
+    monkeypatch.setattr(Trainer, "step", property(fail))
     with pytest.raises(RuntimeError, match="out of memory"):
-        train_cifar.main(Config(output=Path("here")))
-    assert [path.name for path in Path("here").iterdir()] == ["config.json"]
+        train_cifar.main(Config(output=Path("here"), devices=1))
+    assert "config.json" in [path.name for path in Path("here").iterdir()]
 
 
-@pytest.mark.parametrize(("epochs", "said"), [(0, "0 epochs"), (1, "1 epoch"), (2, "2 epochs")])
-def test_a_run_cut_short_keeps_what_it_found_out(capsys, epochs, said):
+@pytest.mark.parametrize("epochs", [0, 1, 2])
+def test_a_run_cut_short_keeps_what_it_found_out(epochs):
     names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
     rows = [{"epoch": n, **dict.fromkeys(names, 0.5)} for n in range(1, epochs + 1)]
-    results = Results(new_folder(Path("here"), Path("unused")), {})
+    results = Results(new_folder(Path("here"), Path("unused")), {}, (), tensorboard=False)
 
     def interrupted():
         with results:
@@ -513,7 +599,15 @@ def test_a_run_cut_short_keeps_what_it_found_out(capsys, epochs, said):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert Path("here/curves.png").exists() == (epochs > 0)
-    assert capsys.readouterr().err == f"interrupted after {said}; what there is lies in here\n"
+
+
+def test_tensorboard_gets_the_same_numbers():
+    row = {"epoch": 1, "train_loss": 0.25, "test_loss": 0.5, "train_accuracy": 0.1}
+    with Results(new_folder(Path("here"), Path("unused")), {}, (), tensorboard=True) as results:
+        results.add({**row, "test_accuracy": 0.2})
+    (events,) = Path("here").glob("events.out.tfevents.*")
+    assert b"train_loss" in events.read_bytes()
+    assert np.float32(0.25).tobytes() in events.read_bytes()
 
 
 # The command line, in a process of its own
@@ -538,16 +632,18 @@ def test_a_complaint_is_a_message_and_not_a_traceback():
 INTERRUPTIBLE = """
 import dataclasses, signal
 import train_cifar
+from bcn_flax.training.config import RECIPES
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is off
-digits = train_cifar.RECIPES["digits"]
-train_cifar.RECIPES["digits"] = dataclasses.replace(digits, blocks=((8,),), groups=4)
+digits = RECIPES["digits"]
+RECIPES["digits"] = dataclasses.replace(digits, blocks=((8,),), groups=4)
 train_cifar.command_line()
 """
 
 
 def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):
     folder = tmp_path / "here"
-    words = [sys.executable, "-c", INTERRUPTIBLE, "--epochs", "1000000", "--output", str(folder)]
+    options = ["--epochs", "1000000", "--output", str(folder)]
+    words = [sys.executable, "-c", INTERRUPTIBLE, *options]
     with subprocess.Popen(
         words,
         stdout=subprocess.PIPE,
@@ -563,10 +659,13 @@ def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):
         finally:
             run.kill()
     assert printed, complaint
-    expected = rf"interrupted after \d+ epochs?; what there is lies in {re.escape(str(folder))}\n"
-    assert re.fullmatch(expected, complaint)
+    assert re.fullmatch(
+        r"train_cifar.py: stopped by SIGINT in epoch \d+\. Nothing is lost: go on with the same "
+        rf"arguments and --resume --output {re.escape(str(folder))}\n",
+        complaint,
+    )
     assert run.returncode == 130
-    names = ["config.json", "curves.png", "metrics.jsonl"]
+    names = ["checkpoints", "config.json", "curves.png", "metrics.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == names
 
 
@@ -601,17 +700,18 @@ def test_help_has_every_option_and_the_examples(capsys, monkeypatch):
 
 def test_help_says_the_defaults_of_each_data_set(capsys, monkeypatch):
     text = help_text(capsys, monkeypatch)
-    digits, cifar10 = (train_cifar.RECIPES[name] for name in ("digits", "cifar10"))
+    digits, cifar10 = (RECIPES[name] for name in ("digits", "cifar10"))
     for name in "groups", "batch_size", "epochs", "schedule":
         values = getattr(digits, name), getattr(cifar10, name)
-        assert "by default {} for digits, {} for cifar10".format(*values) in text
+        assert "by default {} for digits, {} for cifar10 and cifar100".format(*values) in text
     sizes = digits.batch_size, cifar10.batch_size
     for name in "norm_momentum", "learning_rate":
         for dataset, size in zip(("digits", "cifar10"), sizes, strict=True):
-            value = getattr(train_cifar.RECIPES[dataset], name)
-            assert f"{value} for {dataset} at {'batch size ' * (size == 32)}{size}" in text
+            value = getattr(RECIPES[dataset], name)
+            both = dataset.replace("cifar10", "cifar10 and cifar100")
+            assert f"{value} for {both} at {'batch size ' * (size == 32)}{size}" in text
     sgd = [
-        train_cifar.resolve(Config(optimizer="sgd", batch_size=size)).learning_rate
+        configuration.resolve(Config(optimizer="sgd", batch_size=size)).learning_rate
         for size in sizes
     ]
     assert f"with SGD, {sgd[0]} at batch size {sizes[0]}, {sgd[1]} at {sizes[1]}" in text
@@ -622,9 +722,9 @@ def test_help_says_the_defaults_of_each_data_set(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_digits_by_default():
-    assert train_cifar.main(Config())["test_accuracy"] >= 0.985
+    assert train_cifar.main(Config(devices=1))["test_accuracy"] >= 0.985
 
 
 @pytest.mark.slow
 def test_digits_one_at_a_time():
-    assert train_cifar.main(Config(batch_size=1))["test_accuracy"] >= 0.98
+    assert train_cifar.main(Config(batch_size=1, devices=1))["test_accuracy"] >= 0.98

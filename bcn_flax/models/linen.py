@@ -1,6 +1,6 @@
-"""The networks in linen."""
+"""The VGG in linen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -88,8 +88,12 @@ class VGG(nn.Module):
         """
         checks.image_size(x.shape, len(self.blocks))
         for layer in self.layers:
-            if isinstance(layer, BatchChannelNorm | BatchNorm):
-                x = layer(x, use_running_average=not train)
-            else:
-                x = layer(x)
+            x = call(layer, x, train)
         return self.fc(x.mean((1, 2)))
+
+
+def call(layer: Callable[..., Array], x: Array, train: bool) -> Array:
+    """The output of a layer; those with running averages have to know whether they train."""
+    if isinstance(layer, BatchChannelNorm | BatchNorm):
+        return layer(x, use_running_average=not train)
+    return layer(x)

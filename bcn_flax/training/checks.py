@@ -4,13 +4,10 @@ Each message states the rule, the values seen and the way out.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-_CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-_CIFAR10_SIZE = 170_052_171
-_CIFAR10_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+from typing import Any
 
 
 class TrainingError(ValueError):
@@ -78,63 +75,6 @@ def batch_size(value: int, training_images: int) -> None:
         )
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """What is read can be read."""
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(
-            f"Cannot read {path}: {error.strerror or error}. Name another --data-dir."
-        ) from error
-
-
-def data_is_folder(path: Path) -> None:
-    """Data come from a folder."""
-    if path.exists() and not path.is_dir():
-        raise TrainingError(
-            f"The data must lie in a folder, but {path} is a file. Name the folder that holds "
-            "cifar-10-batches-bin: --data-dir FOLDER. If that file is the archive, unpack it "
-            f"first: mkdir -p data && tar -xzf {path} -C data"
-        )
-
-
-def cifar10_files(missing: Sequence[Path], data_dir: Path) -> None:
-    """The data set has been downloaded and unpacked."""
-    if missing:
-        raise TrainingError(
-            f"The files of CIFAR-10 must lie in {data_dir}, but these are missing: "
-            f"{', '.join(map(str, missing))}. Either\n"
-            f"  1. download the binary version, {_CIFAR10_URL}\n"
-            f"     ({_CIFAR10_SIZE:,} bytes, sha256 {_CIFAR10_SHA256}),\n"
-            f"     and unpack it there: mkdir -p {data_dir} && "
-            f"tar -xzf cifar-10-binary.tar.gz -C {data_dir}\n"
-            "  2. name the folder that holds it: --data-dir FOLDER\n"
-            "  3. train on a data set that needs no download: --dataset digits"
-        )
-
-
-def whole_records(path: Path, size: int, record: int) -> None:
-    """A file is cut off unless it ends where a record ends."""
-    if size == 0 or size % record:
-        raise TrainingError(
-            f"{path} must hold whole records of {record} bytes, but its size is {size} bytes, "
-            f"{size // record} records and {size % record} bytes. The file is cut off or of "
-            "another format: unpack the binary version of the archive again."
-        )
-
-
-def labels(path: Path, values: Sequence[int], classes: int) -> None:
-    """A label is the number of a class."""
-    for record, label in enumerate(values):
-        if label >= classes:
-            raise TrainingError(
-                f"The labels in {path} must be from 0 to {classes - 1}, but that of record "
-                f"{record} is {label}. The file is damaged or of another format: unpack the "
-                "binary version of the archive again."
-            )
-
-
 def no_results(folder: Path, found: Sequence[str]) -> None:
     """Results are never overwritten."""
     if found:
@@ -167,13 +107,150 @@ def output_is_folder(path: Path) -> None:
         raise TrainingError(f"The output must be a folder, but {path} is a file. Name another one.")
 
 
-def finite_loss(loss: float, step: int, learning_rate: float, norm: str) -> None:
+def not_finite(loss: float, step: int, learning_rate: float, norm: str) -> TrainingError:
     """Once the loss is not a number, no later step can mend it."""
-    if not math.isfinite(loss):
-        way_out = f"Lower the learning rate, which is {learning_rate:g}"
-        if norm == "none":
-            way_out += ", or use a norm"
+    seen = f"the loss was {loss}" if not math.isfinite(loss) else "there were weights that are not"
+    way_out = f"Lower the learning rate, which is {learning_rate:g}"
+    if norm == "none":
+        way_out += ", or use a norm"
+    return TrainingError(
+        f"Loss and weights must stay finite, but {seen} by step {step}, so training stopped. "
+        f"{way_out}. The last good checkpoint is kept."
+    )
+
+
+def not_negative(name: str, value: float) -> None:
+    """A strength is 0 or more, and finite."""
+    if not 0 <= value < math.inf:
+        raise TrainingError(f"{name} must be at least 0 and finite, but {name}={value}.")
+
+
+def fraction(name: str, value: float) -> None:
+    """A part of a whole that leaves something of it."""
+    if not 0 <= value < 1:
+        raise TrainingError(f"{name} must be at least 0 and less than 1, but {name}={value}.")
+
+
+def depth(value: int) -> None:
+    """A ResNet has a first and a last layer, and pairs of them in each of three stages."""
+    if value < 8 or (value - 2) % 6:
         raise TrainingError(
-            f"The loss must stay finite, but it was {loss} by step {step}, so training stopped. "
-            f"{way_out}."
+            f"depth must be 6 n + 2 for a whole n from 1 on, but depth={value}. Published are 20, "
+            "32, 44, 56 and 110."
         )
+
+
+def micro_batch(value: int, batch_size: int) -> None:
+    """A batch consists of equal micro-batches."""
+    if batch_size % value:
+        raise TrainingError(
+            f"micro_batch must divide batch_size, but micro_batch={value} and "
+            f"batch_size={batch_size}."
+        )
+
+
+def devices(count: int, available: int) -> None:
+    """Devices are used that are there."""
+    if not 1 <= count <= available:
+        raise TrainingError(
+            f"devices must be from 1 to {available}, which JAX sees here, but devices={count}."
+        )
+
+
+def spread(micro_batch: int, devices: int) -> None:
+    """Each device gets an equal part of the images that pass the network together."""
+    if micro_batch % devices:
+        raise TrainingError(
+            f"Micro-batches must be a multiple of the devices, but they have {micro_batch} images "
+            f"and there are {devices} devices. Use fewer with --devices, or another --batch-size "
+            "or --micro-batch."
+        )
+
+
+@contextmanager
+def connecting(coordinator: str | None) -> Iterator[None]:
+    """Processes that train together find each other."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        sought = (
+            "what Slurm, Open MPI, Kubernetes or a TPU pod say"
+            if coordinator is None
+            else coordinator
+        )
+        raise TrainingError(
+            f"Cannot join the other processes by {sought}: {error} Say --coordinator HOST:PORT, "
+            "--num-processes and --process-id in each of them, or leave --distributed out to train "
+            "in this one alone."
+        ) from error
+
+
+def output_is_said(output: Path | None) -> None:
+    """Processes agree on a folder."""
+    if output is None:
+        raise TrainingError(
+            "Of several processes all must write to one folder that all can reach, but none was "
+            "said. Say --output FOLDER, the same for all."
+        )
+
+
+def no_run(output: Path | None) -> TrainingError:
+    """There must be a run to look at."""
+    where = "in runs for these arguments" if output is None else f"in {output}"
+    return TrainingError(
+        f"There must be a run with a checkpoint, but there is none {where}. Name its folder with "
+        "--output, or train first."
+    )
+
+
+@contextmanager
+def reading_config(path: Path) -> Iterator[None]:
+    """What decided a run can be read."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"Cannot read {path}, which says what decided the run: {error}. Restore it, or begin a "
+            "new run in another --output."
+        ) from error
+
+
+def same_run(
+    folder: Path, then: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]
+) -> None:
+    """A run goes on as it began."""
+    names = sorted((then.keys() | now.keys()) - set(free))
+    changed = [
+        f"{name} was {then.get(name)} and is {now.get(name)}"
+        for name in names
+        if then.get(name) != now.get(name)
+    ]
+    if changed:
+        raise TrainingError(
+            f"A run goes on with the arguments that it began with, but of the one in {folder} "
+            f"{'; '.join(changed)}. Say the same again, or begin another run in another --output."
+        )
+
+
+@contextmanager
+def importing_tensorboard() -> Iterator[None]:
+    """What writes its files is installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise TrainingError(
+            "TensorBoard's files need tensorboardX, which is not installed: pip install -e "
+            '".[tensorboard]", or leave --tensorboard out.'
+        ) from error
+
+
+@contextmanager
+def picture(path: Path) -> Iterator[None]:
+    """A picture can be read."""
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"Cannot read {path} as a picture: {error.strerror or error}. Name a file that Pillow "
+            "can read, such as a PNG."
+        ) from error

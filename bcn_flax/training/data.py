@@ -1,12 +1,11 @@
-"""Two data sets of labelled images, as they lie on the device, and their augmentation.
+"""Data sets of labelled images, as they lie on the device, and their augmentation.
 
 Images are bytes, `(n, height, width, channels)`, 0 for black and 255 for white: a quarter of the
 memory of floats. `to_float` makes the network's input of a batch of them.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +15,13 @@ import sklearn.model_selection
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from bcn_flax.training import checks
+from bcn_flax.training import checks, cifar
+from bcn_flax.training.cifar import Source
 
 Images = UInt8[Array | np.ndarray, "n h w c"]
 Labels = Int[Array | np.ndarray, " n"]
 
-_SHAPE = (3, 32, 32)  # of a CIFAR image on disk: one plane after another
-_RECORD = 1 + 3 * 32 * 32  # its label, then its bytes
+DatasetName = Literal["digits", "cifar10", "cifar100"]
 
 
 class Split(NamedTuple):
@@ -33,10 +32,27 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """What is trained on, and what is held out."""
+    """What is trained on, what is held out, and the names of the classes, by number."""
 
     train: Split
     test: Split
+    classes: tuple[str, ...]
+
+
+def load(name: DatasetName, data_dir: Path) -> Dataset:
+    """The data set of that name.
+
+    Args:
+        name: which one.
+        data_dir: where CIFAR is, or is downloaded to; see `from_cifar`. The digits need none.
+
+    Raises:
+        TrainingError: there is no data set of that name, or it is damaged or not to be had.
+    """
+    checks.known("dataset", name, get_args(DatasetName))
+    if name == "digits":
+        return digits()
+    return from_cifar(cifar.CIFAR10 if name == "cifar10" else cifar.CIFAR100, data_dir)
 
 
 def digits() -> Dataset:
@@ -54,43 +70,31 @@ def digits() -> Dataset:
     train_images, test_images, train_labels, test_labels = sklearn.model_selection.train_test_split(
         images, labels, test_size=360, random_state=0, stratify=labels
     )
-    return Dataset(Split(train_images, train_labels), Split(test_images, test_labels))
+    return Dataset(
+        Split(train_images, train_labels),
+        Split(test_images, test_labels),
+        classes=tuple(map(str, source.target_names)),
+    )
 
 
-def cifar10(data_dir: Path) -> Dataset:
-    """50,000 photographs of 32x32 pixels in 10 classes, and 10,000 held out.
+def from_cifar(source: Source, data_dir: Path) -> Dataset:
+    """50,000 photographs of 32x32 pixels in 10 or 100 classes, and 10,000 held out.
 
     Args:
-        data_dir: the folder that holds `cifar-10-batches-bin`, or that folder itself.
+        source: `cifar.CIFAR10`, or `cifar.CIFAR100` with its fine labels.
+        data_dir: the archive, the unpacked folder, or a folder that holds one of them; a folder
+            that holds neither, or does not exist, is where the archive is downloaded to.
 
     Raises:
-        TrainingError: files are absent, unreadable, cut off or damaged.
-
-    Source: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images"; the format is that
-    of the binary version, https://www.cs.toronto.edu/~kriz/cifar.html.
+        TrainingError: files are missing, unreadable, cut off or damaged, of another version, or
+            cannot be downloaded.
     """
-    with checks.reading(data_dir):
-        checks.data_is_folder(data_dir)
-        folder = data_dir / "cifar-10-batches-bin"
-        if not folder.is_dir() and any(data_dir.glob("*_batch*.bin")):
-            folder = data_dir
-        train = [folder / f"data_batch_{i}.bin" for i in range(1, 6)]
-        test = [folder / "test_batch.bin"]
-        checks.cifar10_files([path for path in train + test if not path.is_file()], data_dir)
-    return Dataset(_read_cifar(train), _read_cifar(test))
-
-
-def _read_cifar(paths: Sequence[Path]) -> Split:
-    records = []
-    for path in paths:
-        with checks.reading(path):
-            values = np.fromfile(path, np.uint8)
-        checks.whole_records(path, values.size, _RECORD)
-        records.append(values.reshape(-1, _RECORD))
-        checks.labels(path, records[-1][:, 0].tolist(), 10)
-    table = np.concatenate(records)
-    images = table[:, 1:].reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
-    return Split(np.ascontiguousarray(images), table[:, 0].astype(np.int32))
+    files = cifar.read(source, data_dir)
+    return Dataset(
+        Split(*cifar.images_and_labels(source, files, source.train)),
+        Split(*cifar.images_and_labels(source, files, source.test)),
+        cifar.class_names(source, files),
+    )
 
 
 def pad(split: Split, multiple: int) -> Split:

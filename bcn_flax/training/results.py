@@ -1,19 +1,25 @@
-"""The output folder of a training run: `config.json`, `metrics.jsonl` and `curves.png`."""
+"""The output folder of a training run: what decided it, what it found out, and its curves."""
 
 import json
-import sys
+import os
 import time
-from collections.abc import Mapping
-from itertools import count
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import count, takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import jax
+
 from bcn_flax.training import checks
 from bcn_flax.training.plots import save_curves
 
-_FILES = ("config.json", "metrics.jsonl", "curves.png")
+_CONFIG = "config.json"
+_FILES = (_CONFIG, "metrics.jsonl", "curves.png", "checkpoints")
 _SECONDS_BETWEEN_DRAWINGS = 30  # each takes a quarter of a second, as long as an epoch of digits
+
+Row = dict[str, float]
 
 
 def new_folder(output: Path | None, default: Path) -> Path:
@@ -37,33 +43,83 @@ def new_folder(output: Path | None, default: Path) -> Path:
         return output
 
 
+def last_folder(output: Path | None, default: Path) -> Path | None:
+    """The folder of a run that has begun: `output`, or the newest that `new_folder` made."""
+    if output is not None:
+        checks.output_is_folder(output)
+        return output if (output / _CONFIG).exists() else None
+    made = list(takewhile(Path.exists, _numbered(default)))
+    return made[-1] if made and (made[-1] / _CONFIG).exists() else None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What decided the run in a folder.
+
+    Raises:
+        TrainingError: there is none, or it cannot be read.
+    """
+    path = folder / _CONFIG
+    with checks.reading_config(path):
+        return dict(json.loads(path.read_text()))
+
+
+def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as it comes back from its file."""
+    return dict(json.loads(json.dumps(dict(config), default=str)))
+
+
+def _numbered(default: Path) -> Iterator[Path]:
+    for number in count(1):
+        yield default if number == 1 else default.with_name(f"{default.name}-{number}")
+
+
 def _numbered_folder(default: Path) -> Path:
     default.parent.mkdir(parents=True, exist_ok=True)
-    for number in count(1):
-        folder = default if number == 1 else default.with_name(f"{default.name}-{number}")
+    for folder in _numbered(default):
         try:
             folder.mkdir()
         except FileExistsError:  # also where another run was a moment faster
             continue
-        break
-    return folder
+        return folder
+    raise AssertionError("there is always another number")
 
 
 class Results:
-    """Writes what a run finds out as it goes, so that a run cut short loses nothing."""
+    """Writes what a run finds out as it goes, so that a run cut short loses nothing.
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    Of several processes the first one writes.
+    """
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], history: Sequence[Row], *, tensorboard: bool
+    ) -> None:
         """Write down all that decides the run.
 
+        Args:
+            folder: which exists.
+            config: goes to `config.json`.
+            history: the epochs so far, of a run that goes on; others in `metrics.jsonl` are undone.
+            tensorboard: whether to write its files too.
+
         Raises:
-            TrainingError: the folder cannot be written to.
+            TrainingError: the folder cannot be written to, or TensorBoard's writer is not there.
         """
         self.folder = folder
-        self.history: list[dict[str, float]] = []
+        self.history: list[Row] = list(history)
+        self._writes = jax.process_index() == 0
         self._drawn = time.monotonic()
-        text = json.dumps(dict(config), indent=2, default=str)
+        self._open = ExitStack()
+        self._board: Any = None
+        if not self._writes:
+            return
         with checks.writing(folder):
-            (folder / "config.json").write_text(text + "\n")
+            _replace(folder / _CONFIG, json.dumps(as_json(config), indent=2) + "\n")
+            _replace(folder / "metrics.jsonl", "".join(map(_line, self.history)))
+        if tensorboard:
+            with checks.importing_tensorboard():
+                from tensorboardX import SummaryWriter
+            writer = SummaryWriter(str(folder), purge_step=len(self.history) + 1)
+            self._board = self._open.enter_context(writer)
 
     def __enter__(self) -> Self:
         """Nothing yet."""
@@ -76,25 +132,24 @@ class Results:
         traceback: TracebackType | None,
     ) -> None:
         """Draw the curves of what there is, also if training failed or was interrupted."""
-        if self.history:
+        self._open.close()
+        if self.history and self._writes:
             self._draw()
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            epochs = len(self.history)
-            print(
-                f"interrupted after {epochs} {'epoch' if epochs == 1 else 'epochs'}; "
-                f"what there is lies in {self.folder}",
-                file=sys.stderr,
-            )
 
-    def add(self, row: dict[str, float]) -> None:
+    def add(self, row: Row) -> None:
         """Add a line to the metrics; from time to time, draw the curves anew.
 
         Raises:
             TrainingError: the folder cannot be written to.
         """
         self.history.append(row)
+        if not self._writes:
+            return
         with checks.writing(self.folder), (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_line(row))
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, row["epoch"])
         if time.monotonic() - self._drawn > _SECONDS_BETWEEN_DRAWINGS:
             self._draw()
 
@@ -102,3 +157,14 @@ class Results:
         with checks.writing(self.folder):
             save_curves(self.folder / "curves.png", self.history, self.folder.name)
         self._drawn = time.monotonic()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text(text)
+    os.replace(draft, path)

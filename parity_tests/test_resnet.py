@@ -1,0 +1,305 @@
+"""The ResNet is the published one for CIFAR, with any norm, and trains on single images."""
+
+import importlib
+import sys
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jaxtyping import install_import_hook
+
+from bcn_flax.models import ResNet
+from bcn_flax.models.resnet import shortcut
+from bcn_flax.surgery import linen as surgery
+
+KEY = jax.random.key(0)
+IMAGES = jax.random.normal(jax.random.key(1), (1, 8, 8, 3))
+LABELS = jnp.arange(4)
+AXES = ("NHWC", "HWIO", "NHWC")
+every_norm = pytest.mark.parametrize("norm", ["bcn", "bn", "gn", "none"])
+
+published = partial(ResNet, norm="bn", ws=False)
+small = partial(ResNet, depth=8)
+
+
+@pytest.fixture(autouse=True)
+def _quick_initializers():
+    with jax.default_prng_impl("rbg"):  # compile several times as fast
+        yield
+
+
+def init(model, x=IMAGES):
+    return jax.jit(partial(model.init, train=False))(KEY, x)
+
+
+def shapes(model, x=IMAGES):
+    return jax.eval_shape(partial(model.init, train=False), KEY, x)
+
+
+def make_step(model):
+    """A step of training: from variables and a batch to loss, logits, statistics and gradient."""
+
+    def step(variables, x, labels):
+        def loss(params):
+            logits, updates = model.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), (logits, updates.get("batch_stats", {}))
+
+        (value, (logits, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(
+            variables["params"]
+        )
+        return value, logits, stats, gradient
+
+    return jax.jit(step)
+
+
+@cache
+def network(norm):
+    """A network, its variables and its step, which compiles once for all tests on single images."""
+    model = small(norm=norm, ws=norm in ("bcn", "gn"))
+    with jax.default_prng_impl("rbg"):
+        return model, init(model), make_step(model)
+
+
+def evaluate(model, variables):
+    return jax.jit(partial(model.apply, train=False, mutable=["batch_stats"]))(variables, IMAGES)
+
+
+def error_of(model, x=IMAGES):
+    with pytest.raises(ValueError, match=r".") as caught:
+        shapes(model, x)
+    return str(caught.value)
+
+
+# The published architecture
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (110, 1.7)])
+def test_there_are_as_many_parameters_as_published(depth, millions):
+    images = jnp.ones((1, 32, 32, 3))
+    parameters = sum(x.size for x in jax.tree.leaves(shapes(published(depth), images)["params"]))
+    # As many decimals as the paper gives.
+    assert round(parameters / 1e6, 1 if depth == 110 else 2) == millions
+
+
+@pytest.mark.parametrize("depth", [8, 14])
+def test_the_depth_counts_the_layers_with_weights(depth):
+    flat = jax.tree_util.tree_leaves_with_path(shapes(published(depth))["params"])
+    assert sum("kernel" in jax.tree_util.keystr(path) for path, _ in flat) == depth
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"), [(32, [32, 16, 8]), (8, [8, 4, 2]), (7, [7, 4, 2]), (1, [1, 1, 1])]
+)
+def test_the_stages_halve_the_image_and_double_the_channels(size, sizes):
+    images = jnp.ones((2, size, size, 3))
+    model = small()
+
+    def outputs():
+        _, state = model.init_with_output(KEY, images, train=False, capture_intermediates=True)
+        return state["intermediates"]
+
+    seen = jax.eval_shape(outputs)
+    blocks = [seen[f"blocks_{i}"]["__call__"][0].shape for i in range(3)]
+    assert blocks == [(2, s, s, c) for s, c in zip(sizes, (16, 32, 64), strict=True)]
+
+
+def test_shortcuts_take_every_other_pixel_and_add_channels_of_zeros():
+    x = IMAGES[:, :7, :7]
+    y = shortcut(x, 5, 2)
+    assert y.shape == (1, 4, 4, 5)
+    np.testing.assert_array_equal(y[..., :3], x[:, [0, 2, 4, 6]][:, :, [0, 2, 4, 6]])
+    assert not y[..., 3:].any()
+    np.testing.assert_array_equal(shortcut(x, 3, 1), x)
+
+
+def plain(params, x):
+    """The network without a norm, written down layer after layer."""
+
+    def conv(layer, x, stride=1):
+        y = lax.conv_general_dilated(
+            x, layer["kernel"], (stride, stride), ((1, 1), (1, 1)), None, None, AXES
+        )
+        return y + jnp.reshape(layer["bias"], (1, 1, 1, -1))
+
+    x = jax.nn.relu(conv(params["first_conv"], x))
+    for i, stride in enumerate((1, 2, 2)):
+        block = params[f"blocks_{i}"]
+        y = conv(block["convs_1"], jax.nn.relu(conv(block["convs_0"], x, stride)))
+        kept = jnp.zeros_like(y).at[..., : x.shape[-1]].set(x[:, ::stride, ::stride])
+        x = jax.nn.relu(kept + y)
+    return x.mean((1, 2)) @ params["fc"]["kernel"] + params["fc"]["bias"][None]
+
+
+def test_without_a_norm_it_is_the_network_written_down_layer_after_layer():
+    model = small(norm="none", ws=False)
+    # Biases too, as all are 0 at first.
+    params = jax.tree.map(
+        lambda p: p + 0.05 * jax.random.normal(KEY, p.shape), init(model)["params"]
+    )
+    logits, _ = evaluate(model, {"params": params})
+    np.testing.assert_allclose(logits, jax.jit(plain)(params, IMAGES), rtol=1e-4, atol=1e-4)
+
+
+@every_norm
+def test_convolutions_have_a_bias_only_where_no_norm_follows(norm):
+    params = shapes(small(norm=norm))["params"]
+    convs = [params["first_conv"], *(params[f"blocks_{i}"]["convs_1"] for i in range(3))]
+    assert all(("bias" in conv) == (norm == "none") for conv in convs)
+    assert ("first_norm" in params) == (norm != "none")
+
+
+def test_every_group_of_the_default_has_several_channels():
+    norms = [shapes(small())["params"][f"blocks_{i}"]["norms_1"] for i in range(3)]
+    sizes = [
+        norm["batch_norm"]["scale"].size // norm["channel_norm"]["scale"].size for norm in norms
+    ]
+    assert sizes == [2, 4, 8]
+
+
+def test_the_arguments_reach_the_norms():
+    options = {"momentum": 0.7, "epsilon": 1e-3, "estimate": False, "num_groups": 4}
+    model = small(**options, batch_epsilon=1e-4, running_variance="unbiased", axis_name="d")
+    bound = model.bind({}, rngs={"params": KEY})
+    for norm in bound.first_norm, bound.blocks[-1].norms[1]:
+        seen = {name: getattr(norm, name) for name in options}
+        assert seen == options
+        assert (norm.batch_epsilon, norm.running_variance) == (1e-4, "unbiased")
+        assert norm.axis_name == "d"
+
+
+# Training
+
+
+@pytest.mark.parametrize("size", [8, pytest.param(32, marks=pytest.mark.slow)])
+@every_norm
+def test_a_single_image_gives_finite_logits_and_gradients(norm, size):
+    _, variables, step = network(norm)
+    image = jax.random.normal(KEY, (1, size, size, 3))
+    loss, logits, stats, gradient = step(variables, image, LABELS[:1])
+    assert logits.shape == (1, 10)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((loss, logits, stats, gradient)))
+    kernels = [gradient["first_conv"], *(gradient[f"blocks_{i}"]["convs_1"] for i in range(3))]
+    assert all(kernel["kernel"].any() for kernel in kernels)
+
+
+@pytest.mark.parametrize("norm", ["bcn", "bn"])
+def test_statistics_move_in_training_only(norm):
+    model, variables, step = network(norm)
+    _, _, after, _ = step(variables, IMAGES, LABELS[:1])
+    before = variables["batch_stats"]
+    moved = [(x != y).any() for x, y in zip(*map(jax.tree.leaves, (before, after)), strict=True)]
+    assert len(moved) == 2 * 7
+    assert all(moved)
+    _, updates = evaluate(model, {**variables, "batch_stats": after})
+    jax.tree.map(np.testing.assert_array_equal, updates["batch_stats"], after)
+
+
+def test_in_bfloat16_only_the_computation_is_rounded():
+    _, variables, step = network("bcn")
+    _, expected, _, _ = step(variables, IMAGES, LABELS[:1])
+    model = small(dtype=jnp.bfloat16)
+    _, _, stats, gradient = jax.eval_shape(make_step(model), variables, IMAGES, LABELS[:1])
+    assert {x.dtype for x in jax.tree.leaves((stats, gradient))} == {np.dtype(np.float32)}
+    apply = partial(model.apply, train=True, mutable=["batch_stats", "intermediates"])
+    outputs = jax.eval_shape(partial(apply, capture_intermediates=True), variables, IMAGES)
+    computed = jax.tree.leaves((outputs[0], outputs[1]["intermediates"]))
+    assert {x.dtype for x in computed} == {jnp.dtype(jnp.bfloat16)}
+    logits, _ = jax.jit(apply)(variables, IMAGES)
+    error = np.abs(np.asarray(logits, np.float32) - expected).max()
+    # Some 10 roundings, one a layer.
+    assert 0 < error < 10 * float(jnp.finfo(jnp.bfloat16).eps) * np.abs(expected).max()
+
+
+def test_a_few_epochs_of_single_images_lower_the_loss():
+    _, variables, step = network("bcn")
+    images = jax.random.normal(jax.random.key(2), (4, 1, 8, 8, 3))
+    epochs = []
+    for _ in range(6):
+        losses = []
+        for image, label in zip(images, LABELS[:, None], strict=True):
+            loss, _, stats, gradient = step(variables, image, label)
+            params = jax.tree.map(lambda p, g: p - 0.01 * g, variables["params"], gradient)
+            variables = {"params": params, "batch_stats": stats}
+            losses.append(float(loss))
+        epochs.append(sum(losses))
+    assert epochs[-1] < 0.5 * epochs[0]
+
+
+@pytest.mark.slow
+def test_its_norms_fold_into_its_convolutions_but_for_the_channel_norm():
+    model, variables, step = network("bcn")
+    _, _, stats, _ = step(variables, IMAGES, LABELS[:1])
+    variables = {**variables, "batch_stats": stats}
+    folded = surgery.fold(model, variables, IMAGES, train=False)
+    expected, _ = evaluate(model, variables)
+    actual = jax.jit(partial(folded.apply, train=False))(folded.variables, IMAGES)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# Annotations and complaints
+
+
+def test_the_annotated_shapes_hold(monkeypatch):
+    """In a copy of the module, the annotations are checked at every call."""
+    name = "bcn_flax.models.resnet"
+    monkeypatch.delitem(sys.modules, name)
+    with install_import_hook(name, "beartype.beartype"):
+        checked = importlib.import_module(name)
+    assert checked.ResNet is not ResNet
+    model = checked.ResNet(depth=8, num_classes=7)
+    logits = jax.eval_shape(partial(model.apply, train=False), shapes(model), IMAGES)
+    assert logits.shape == (1, 7)
+    with pytest.raises(Exception, match="shortcut"):  # jaxtyping's own class of errors
+        checked.shortcut(IMAGES[0], 16, 2)
+
+
+@pytest.mark.parametrize(
+    ("depth", "nearest"),
+    [
+        (18, "14 and 20"),
+        (111, "110 and 116"),
+        (9, "8 and 14"),
+        (2, "8 and 14"),
+        (-4, "8 and 14"),
+        (20.0, "20 and 26"),
+    ],
+)
+def test_another_depth_is_refused(depth, nearest):
+    assert error_of(ResNet(depth)) == (
+        "depth must be a whole number 6n + 2, which is 3 stages of n blocks of 2 convolutions, a "
+        f"first convolution and a dense layer, with n at least 1, but depth={depth}. The nearest "
+        f"that fit are {nearest}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "message"),
+    [
+        (
+            small(),
+            IMAGES[0],
+            "The images must be (n, height, width, channels), but their shape is (8, 8, 3). For a "
+            "single image, add the batch axis with x[None].",
+        ),
+        (
+            small(norm="layer"),
+            IMAGES,
+            "norm must be one of bcn, bn, gn, none, but norm='layer'.",
+        ),
+        (
+            small(num_groups=32),
+            IMAGES,
+            "num_groups must divide the number of channels, but num_groups=32 and there are 16 "
+            "channels. Any of 1, 2, 4, 8, 16 would do.",
+        ),
+    ],
+)
+def test_it_complains(model, x, message):
+    assert error_of(model, x) == message

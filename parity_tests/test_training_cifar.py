@@ -1,0 +1,556 @@
+"""CIFAR is found wherever it lies, or downloaded: whole, once, and with clear complaints."""
+
+import errno
+import gzip
+import hashlib
+import io
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rich
+from filelock import FileLock
+
+from bcn_flax.training import data, download
+from bcn_flax.training.cifar import CIFAR10, CIFAR100
+from parity_tests.test_training_data import afresh, message, write_cifar
+
+ARCHIVE = CIFAR10.archive
+
+
+def pack(source, path, members):
+    """Put an archive there; the source that describes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for member, content in members:
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    return source._replace(size=len(content), sha256=sha256)
+
+
+def members_of(source, folder):
+    """Those of the published archive, whose first one is the folder itself."""
+    first = tarfile.TarInfo(source.folder)
+    first.type = tarfile.DIRTYPE
+    paths = sorted(folder.iterdir())
+    files = [(tarfile.TarInfo(f"{source.folder}/{path.name}"), path.read_bytes()) for path in paths]
+    return [(first, b""), *files]
+
+
+def small(source, path, records=2):
+    """A small archive of that format; the source that describes it, and all that is in it."""
+    folder = path.with_name("scratch")
+    images, labels = write_cifar(source, folder, records)
+    packed = pack(source, path, members_of(source, folder))
+    shutil.rmtree(folder)
+    return packed, images, labels
+
+
+def assert_holds(dataset, images, labels):
+    train, test, _ = dataset
+    np.testing.assert_array_equal(np.concatenate([train.images, test.images]), images)
+    np.testing.assert_array_equal(np.concatenate([train.labels, test.labels]), labels)
+
+
+# ---- a server ------------------------------------------------------------------------------------
+
+
+class Answers:
+    """Some of what a server may do when it is asked for a file."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def all(self, to):
+        self.begin(to)
+        to.wfile.write(self.content)
+
+    def begin(self, to):
+        to.send_response(200)
+        to.send_header("Content-Length", str(len(self.content)))
+        to.end_headers()
+
+    def half(self, to):
+        self.begin(to)
+        to.wfile.write(self.content[: len(self.content) // 2])
+
+    def half_then_silence(self, to):
+        self.half(to)
+        to.wfile.flush()
+        to.server.released.wait()
+
+    def silence(self, to):
+        to.server.released.wait()
+
+    def another_file(self, to):
+        to.send_response(200)
+        to.end_headers()
+        to.wfile.write(b"<html>Please log in</html>")
+
+    def not_found(self, to):
+        to.send_error(404)
+
+    def broken(self, to):
+        to.send_error(500)
+
+    def nonsense(self, to):
+        to.send_response(200)
+        to.send_header("Content-Length", "many")
+        to.end_headers()
+
+
+class Server(ThreadingHTTPServer):
+    block_on_close = True
+    daemon_threads = False
+
+
+@contextmanager
+def serving(answer: Callable):
+    """A server on this machine that gives one answer; its address, and the paths asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            answer(self)
+
+        def log_message(self, *args):
+            pass
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.released = threading.Event()
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.released.set()
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """A small CIFAR-10 to be downloaded: the answers of its server, the source, and the rest.
+
+    Half of it is more than is written at a time.
+    """
+    source, images, labels = small(CIFAR10, tmp_path / "server" / ARCHIVE, records=20)
+    assert source.size // 2 > download._CHUNK
+    answers = Answers((tmp_path / "server" / ARCHIVE).read_bytes())
+    return answers, source, images, labels
+
+
+def until(condition):
+    """Wait for it, but not for ever."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def visible(folder):
+    """What lies there but for the lock, which must stay: others may be waiting for it."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+# ---- where it is found ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("itself", [True, False])
+@pytest.mark.parametrize("source", [CIFAR10, CIFAR100], ids=lambda source: source.title)
+def test_an_archive_is_read_as_it_is(tmp_path, source, itself):
+    path = tmp_path / source.archive
+    source, images, labels = small(source, path)
+    dataset = data.from_cifar(source, path if itself else tmp_path)
+    assert_holds(dataset, images, labels)
+    assert len(dataset.train.labels) == 2 * len(source.train)
+    assert dataset.classes == tuple(f"class_{i}" for i in range(source.classes))
+    assert visible(tmp_path) == [source.archive]
+
+
+def test_an_archive_may_have_another_name(tmp_path):
+    source, images, labels = small(CIFAR10, tmp_path / "images.tgz")
+    assert_holds(data.from_cifar(source, tmp_path / "images.tgz"), images, labels)
+
+
+def test_what_is_unpacked_comes_before_the_archive(tmp_path):
+    images, labels = write_cifar(CIFAR10, tmp_path / CIFAR10.folder, seed=1)
+    source, others, _ = small(CIFAR10, tmp_path / ARCHIVE)
+    assert_holds(data.from_cifar(source, tmp_path), images, labels)
+    assert (others != images).any()
+
+
+def test_what_was_published():
+    """The numbers are those that TensorFlow Datasets has found as well."""
+    assert (CIFAR10.url, CIFAR10.size, CIFAR10.sha256[:16]) == (
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+        170_052_171,
+        "c4a38c50a1bc5f3a",
+    )
+    assert (CIFAR100.url, CIFAR100.size, CIFAR100.sha256[:16]) == (
+        "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+        168_513_733,
+        "58a81ae192c23a4b",
+    )
+    assert [len(source.sha256) for source in (CIFAR10, CIFAR100)] == [64, 64]
+
+
+# ---- archives that are not what they should be ---------------------------------------------------
+
+
+def again(path):
+    return f"Remove it and name its folder, --data-dir {path.parent}: then it is downloaded again."
+
+
+def test_an_archive_cut_off(tmp_path):
+    path = tmp_path / ARCHIVE
+    source, _, _ = small(CIFAR10, path)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert message(data.from_cifar, source, tmp_path) == (
+        f"{path} must have {source.size:,} bytes, but has 1,000: it is cut off. {again(path)}"
+    )
+
+
+def test_an_archive_with_one_bit_wrong(tmp_path):
+    path = tmp_path / ARCHIVE
+    source, _, _ = small(CIFAR10, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert message(data.from_cifar, source, path) == (
+        f"The SHA-256 of {path} must be {source.sha256}, but is "
+        f"{hashlib.sha256(content).hexdigest()}: it is damaged, or another file. {again(path)}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "version"),
+    [
+        (CIFAR10, "cifar-10-python.tar.gz", "Python"),
+        (CIFAR10, "cifar-10-batches-mat", "MATLAB"),
+        (CIFAR100, "cifar-100-python", "Python"),
+        (CIFAR100, "cifar-100-matlab.tar.gz", "MATLAB"),
+    ],
+)
+@pytest.mark.parametrize("itself", [True, False])
+def test_other_versions_are_told_apart(tmp_path, source, name, version, itself):
+    path = tmp_path / name
+    path.write_bytes(b"\x80\x03}q\x00") if name.endswith(".gz") else path.mkdir()
+    assert message(data.from_cifar, source, path if itself else tmp_path) == (
+        f"{source.title} must be there in its binary version, {source.archive} or {source.folder}, "
+        f"but {path} is its {version} version. Name a folder without it, --data-dir FOLDER: the "
+        "binary version is downloaded into it, if it is not there yet."
+    )
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_other_versions_may_lie_beside_the_right_one(tmp_path, packed):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    source, images, labels = small(CIFAR10, tmp_path / ARCHIVE)
+    if not packed:
+        (tmp_path / ARCHIVE).unlink()
+        images, labels = write_cifar(CIFAR10, tmp_path / CIFAR10.folder)
+    assert_holds(data.from_cifar(source, tmp_path), images, labels)
+
+
+def test_an_archive_that_is_not_there_is_not_made_into_a_folder(tmp_path):
+    path = tmp_path / "cifar.tar.gz"
+    assert message(data.from_cifar, CIFAR10, path) == (
+        f"An archive for --data-dir must exist, but there is no {path}. Name a folder, and the "
+        "archive is downloaded into it."
+    )
+    assert not path.exists()
+
+
+def test_a_folder_in_the_place_of_the_archive(tmp_path):
+    path = tmp_path / ARCHIVE
+    path.mkdir()
+    assert message(data.from_cifar, CIFAR10, tmp_path) == (
+        f"Cannot read {path}: Is a directory. Name another --data-dir."
+    )
+
+
+def test_an_archive_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    source, _, _ = small(CIFAR10, tmp_path / ARCHIVE)
+    monkeypatch.setattr(type(tmp_path), "open", refuse)  # the superuser may read everything
+    assert message(data.from_cifar, source, tmp_path) == (
+        f"Cannot read {tmp_path / ARCHIVE}: Permission denied. Name another --data-dir."
+    )
+
+
+def test_links_in_an_archive_are_not_followed(tmp_path):
+    """Neither one that leads out of it, nor one to another member, nor a name that leads out."""
+    path = tmp_path / ARCHIVE
+    folder = tmp_path / "scratch"
+    write_cifar(CIFAR10, folder)
+    members = members_of(CIFAR10, folder)
+    for member, _ in members:
+        name = member.name.rpartition("/")[2]
+        if name == "data_batch_1.bin":
+            member.type, member.linkname = tarfile.SYMTYPE, str(folder / name)
+        elif name == "data_batch_3.bin":
+            member.type, member.linkname = tarfile.LNKTYPE, f"{CIFAR10.folder}/data_batch_2.bin"
+        elif name == "data_batch_5.bin":
+            member.name = f"../{CIFAR10.folder}/{name}"
+    source = pack(CIFAR10, path, [(m, b"" if m.islnk() or m.issym() else c) for m, c in members])
+    place = path / CIFAR10.folder
+    assert message(data.from_cifar, source, path) == (
+        f"The files of CIFAR-10 must lie in {place}, but these are missing or no regular files: "
+        f"data_batch_1.bin, data_batch_3.bin, data_batch_5.bin. {afresh(place)}"
+    )
+    assert visible(tmp_path) == [ARCHIVE, "scratch"]
+
+
+# ---- the download --------------------------------------------------------------------------------
+
+
+def instead(path, source):
+    return (
+        "Either\n"
+        "  1. try again later\n"
+        f"  2. get {ARCHIVE} ({source.size:,} bytes,\n"
+        f"     sha256 {source.sha256}) by other means and put it into {path.parent}\n"
+        "  3. name the archive, or a folder that holds it, packed or unpacked: --data-dir PATH\n"
+        "  4. train on a data set that needs no download: --dataset digits"
+    )
+
+
+def test_what_is_absent_is_downloaded_once(tmp_path, remote, capsys):
+    answers, source, images, labels = remote
+    path = tmp_path / "new" / "data" / ARCHIVE
+    with serving(answers.all) as (address, asked):
+        source = source._replace(url=f"{address}/{ARCHIVE}")
+        for _ in range(2):
+            assert_holds(data.from_cifar(source, path.parent), images, labels)
+    assert asked == [f"/{ARCHIVE}"]
+    assert visible(path.parent) == [ARCHIVE]
+    assert path.read_bytes() == answers.content
+    assert capsys.readouterr().out == (
+        f"downloading {source.url} ({source.size:,} bytes) to {path}\n"
+    )
+
+
+@contextmanager
+def terminal():
+    """Let rich take what is captured for a terminal."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        patch.setenv("TERM", "xterm")
+        patch.setenv("COLUMNS", "120")
+        rich.reconfigure()
+        yield
+    rich.reconfigure()
+
+
+def test_a_terminal_is_shown_a_bar(tmp_path, remote, capsys):
+    answers, source, _, _ = remote
+    size = f"{source.size / 1000:.1f}"
+    with terminal(), serving(answers.all) as (address, _):
+        data.from_cifar(source._replace(url=f"{address}/{ARCHIVE}"), tmp_path)
+    assert f"{size}/{size} kB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("not_found", "404 Client Error: Not Found for url: {url}"),
+        ("broken", "500 Server Error: Internal Server Error for url: {url}"),
+        ("half", "IncompleteRead({half} bytes read, {rest} more expected)"),
+        ("silence", "timed out"),
+        ("half_then_silence", "timed out"),
+        ("nonsense", "invalid literal for int() with base 10: 'many'"),
+    ],
+)
+def test_a_server_that_fails(tmp_path, remote, monkeypatch, answer, reason):
+    answers, source, _, _ = remote
+    if "silence" in answer:
+        monkeypatch.setattr(download, "_SILENCE", 0.3)
+    path = tmp_path / "data" / ARCHIVE
+    half = source.size // 2
+    with serving(getattr(answers, answer)) as (address, _):
+        source = source._replace(url=f"{address}/{ARCHIVE}")
+        reason = reason.format(url=source.url, half=half, rest=source.size - half)
+        assert message(data.from_cifar, source, path.parent) == (
+            f"{path} does not exist and must be downloaded, but {source.url} cannot be had: "
+            f"{reason}. {instead(path, source)}"
+        )
+    assert visible(path.parent) == []
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [("127.0.0.1", "Connection refused"), ("there.invalid", "Name or service not known")],
+)
+def test_without_a_network(tmp_path, monkeypatch, host, reason):
+    def resolve(name, *args, **options):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    if host != "127.0.0.1":
+        monkeypatch.setenv("NO_PROXY", "*")
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        source = CIFAR10._replace(url=f"http://{host}:{closed.getsockname()[1]}/{ARCHIVE}")
+        text = message(data.from_cifar, source, tmp_path)
+    path = tmp_path / ARCHIVE
+    assert text == (
+        f"{path} does not exist and must be downloaded, but {source.url} cannot be had: {reason}. "
+        f"{instead(path, source)}"
+    )
+    assert visible(tmp_path) == []
+
+
+def test_another_file_than_was_published(tmp_path, remote):
+    answers, source, _, _ = remote
+    path = tmp_path / "data" / ARCHIVE
+    with serving(answers.another_file) as (address, _):
+        source = source._replace(url=f"{address}/{ARCHIVE}")
+        text = message(data.from_cifar, source, path.parent)
+    found = hashlib.sha256(b"<html>Please log in</html>").hexdigest()
+    assert text == (
+        f"{path} must have the SHA-256 {source.sha256}, but what {source.url} sent has {found}, "
+        f"and was not kept. {instead(path, source)}"
+    )
+    assert visible(path.parent) == []
+
+
+def test_what_is_sent_packed_is_kept_packed(tmp_path, remote):
+    """A server that packs whatever it sends is asked not to."""
+    answers, source, images, labels = remote
+
+    def answer(to):
+        packs = "gzip" in to.headers.get("Accept-Encoding", "")
+        content = gzip.compress(answers.content) if packs else answers.content
+        to.send_response(200)
+        to.send_header("Content-Length", str(len(content)))
+        to.end_headers()
+        to.wfile.write(content)
+
+    with serving(answer) as (address, _):
+        source = source._replace(url=f"{address}/{ARCHIVE}")
+        assert_holds(data.from_cifar(source, tmp_path), images, labels)
+
+
+def test_a_full_disk(tmp_path, remote, monkeypatch):
+    answers, source, _, _ = remote
+    path = tmp_path / "data" / ARCHIVE
+    opened = type(path).open
+
+    class Full(io.FileIO):
+        def write(self, content):
+            if self.tell() + len(content) > 1000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(content)
+
+    def open_small(at, mode="r", *args, **options):
+        return Full(at, "w") if mode == "wb" else opened(at, mode, *args, **options)
+
+    monkeypatch.setattr(type(path), "open", open_small)
+    with serving(answers.all) as (address, _):
+        source = source._replace(url=f"{address}/{ARCHIVE}")
+        assert message(data.from_cifar, source, path.parent) == (
+            f"Cannot write to {path.parent}: No space left on device. It must have room for "
+            f"{ARCHIVE}, {source.size:,} bytes. Make room, or name another --data-dir."
+        )
+    assert visible(path.parent) == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "data"
+    assert message(data.from_cifar, CIFAR10, folder) == (
+        f"Cannot write to {folder}: Not a directory. It must have room for {ARCHIVE}, 170,052,171 "
+        "bytes. Make room, or name another --data-dir."
+    )
+
+
+def test_interrupting_a_download_leaves_nothing_behind(tmp_path, remote):
+    answers, source, _, _ = remote
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt(*args):
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch, serving(answers.all) as (address, _):
+        source = source._replace(url=f"{address}/{ARCHIVE}")
+        patch.setattr(download._Bar, "update", interrupt)
+        with pytest.raises(Interrupted):
+            data.from_cifar(source, tmp_path / "data")
+    assert visible(tmp_path / "data") == []
+
+
+def test_two_at_once_download_once(tmp_path, remote, capsys):
+    answers, source, images, labels = remote
+    datasets, printed = [], []
+    with serving(answers.all) as (address, asked):
+        source = source._replace(url=f"{address}/{ARCHIVE}")
+
+        def load():
+            datasets.append(data.from_cifar(source, tmp_path))
+
+        threads = [threading.Thread(target=load) for _ in range(2)]
+        with FileLock(tmp_path / f".{ARCHIVE}.lock"):  # so that both find it locked
+            for thread in threads:
+                thread.start()
+
+            def both_wait():
+                printed.append(capsys.readouterr().out)
+                return "".join(printed).count("\n") == 2
+
+            until(both_wait)
+        for thread in threads:
+            thread.join()
+    assert len(asked) == 1
+    for dataset in datasets:
+        assert_holds(dataset, images, labels)
+    path = tmp_path / ARCHIVE
+    waiting = f"waiting for another process, which is downloading {path}\n"
+    assert "".join(printed) == 2 * waiting
+
+
+def test_a_download_killed_halfway_is_begun_anew(tmp_path, remote):
+    """What it leaves is neither taken for the archive, nor does its lock shut others out."""
+    answers, source, images, labels = remote
+    folder = tmp_path / "data"
+    program = (
+        "import sys; from pathlib import Path; from bcn_flax.training.download import download; "
+        "download(sys.argv[1], Path(sys.argv[2]), 1, '')"
+    )
+    part = folder / f".{ARCHIVE}.part"
+    with serving(answers.half_then_silence) as (address, _):
+        command = [sys.executable, "-c", program, f"{address}/{ARCHIVE}", str(folder / ARCHIVE)]
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1]
+        ) as child:
+            try:
+                until(lambda: part.exists() and part.stat().st_size)
+            finally:
+                child.kill()
+    assert visible(folder) == [part.name]
+    with serving(answers.all) as (address, _):
+        source = source._replace(url=f"{address}/{ARCHIVE}")
+        assert_holds(data.from_cifar(source, folder), images, labels)
+    assert visible(folder) == [ARCHIVE]

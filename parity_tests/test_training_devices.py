@@ -1,0 +1,118 @@
+"""Spread over devices and processes, a run is the same run, but for roundings."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import train_cifar
+from bcn_flax.training import data
+from bcn_flax.training.checkpoints import Checkpoints
+from bcn_flax.training.checks import TrainingError
+from bcn_flax.training.config import RECIPES, Config, resolve
+from bcn_flax.training.devices import Placement
+from train_cifar import Trainer
+
+ROOT = Path(train_cifar.__file__).parent
+# Plain gradient descent, which lets roundings stay roundings; Adam would make steps of them.
+OPTIONS = {"optimizer": "sgd", "learning_rate": 0.05, "epochs": 2, "batch_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
+    monkeypatch.setitem(RECIPES, "digits", digits)
+
+
+def outcome(folder, **options):
+    """The losses of a run, and its last estimates and parameters."""
+    config = Config(**OPTIONS, **options)
+    like = Trainer(config, resolve(config), data.digits(), Placement(1)).first_state
+    with Checkpoints(Path(folder) / "checkpoints") as checkpoints:
+        state = checkpoints.latest(like).state
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    losses = [(row["train_loss"], row["test_loss"]) for row in rows]
+    return jax.device_get((losses, state.batch_stats, state.params))
+
+
+def assert_near(one, other):
+    # 88 steps of float32, whose sums run over the devices in another order.
+    close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(close, one, other)
+
+
+@pytest.mark.parametrize("norm", ["bcn", "bn"])
+def test_eight_devices_are_one(norm):
+    """The estimates are of the whole batch: statistics are summed over all devices."""
+    for count in 1, 8:
+        output = Path(f"on-{count}")
+        train_cifar.main(Config(**OPTIONS, norm=norm, devices=count, output=output))
+    assert_near(outcome("on-8", norm=norm), outcome("on-1", norm=norm))
+
+
+def test_a_run_goes_on_with_other_devices():
+    options = {**OPTIONS, "output": Path("here")}
+    train_cifar.main(Config(**options, devices=1))
+    (Path("here") / "metrics.jsonl").unlink()
+    last = train_cifar.main(Config(**options, devices=8, resume=True))
+    assert last["epoch"] == 2
+    assert len((Path("here") / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_several_processes_must_agree_on_a_folder(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(TrainingError, match="Of several processes all must write to one folder"):
+        train_cifar.main(Config(devices=1))
+
+
+def test_processes_that_cannot_be_found_are_said():
+    with pytest.raises(TrainingError, match="Cannot join the other processes by what Slurm, Open"):
+        train_cifar.main(Config(distributed=True))
+
+
+PROCESS = """
+import dataclasses, sys
+import train_cifar
+from bcn_flax.training.config import RECIPES
+RECIPES["digits"] = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
+train_cifar.command_line()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_with_two_devices_each_are_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    words += [f"--output={tmp_path / 'on-4'}", f"--coordinator={coordinator}", "--num-processes=2"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, *words, f"--process-id={number}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+        )
+        for number in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert "results in" in printed[0]
+    assert "results in" not in printed[1]  # the first speaks for all
+    train_cifar.main(Config(**OPTIONS, devices=1, output=tmp_path / "on-1"))
+    assert_near(outcome(tmp_path / "on-4"), outcome(tmp_path / "on-1"))

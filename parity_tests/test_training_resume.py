@@ -1,0 +1,240 @@
+"""Nothing is lost: whatever ends a run, it goes on as if nothing had happened, bit for bit."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+import train_cifar
+from bcn_flax.training import data, pictures
+from bcn_flax.training.checkpoints import Checkpoints
+from bcn_flax.training.checks import TrainingError
+from bcn_flax.training.config import RECIPES, Config, resolve
+from bcn_flax.training.devices import Placement
+from bcn_flax.training.signals import Stopped
+from train_cifar import Trainer
+
+ROOT = Path(train_cifar.__file__).parent
+TIMES = {"seconds", "images_per_second"}
+# A small network, and saves that come often enough to be hit.
+SMALL = Config(epochs=3, devices=1, checkpoint_every=7, micro_batch=16)
+
+
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digits = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
+    monkeypatch.setitem(RECIPES, "digits", digits)
+    with jax.default_prng_impl("rbg"):  # initializers compile several times as fast
+        yield
+
+
+def config(folder, **options):
+    return dataclasses.replace(SMALL, output=Path(folder), **options)
+
+
+def outcome(folder):
+    """The last state of a run and its metrics, but for what depends on the clock."""
+    chosen = config(folder)
+    like = Trainer(chosen, resolve(chosen), data.digits(), Placement(1)).first_state
+    with Checkpoints(Path(folder) / "checkpoints") as checkpoints:
+        last = checkpoints.latest(like)
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    rows = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return jax.device_get(last.state._replace(key=jax.random.key_data(last.state.key))), rows
+
+
+def assert_same(one, other):
+    (state, rows), (expected, expected_rows) = one, other
+    assert rows == expected_rows
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run comes to that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch, jax.default_prng_impl("rbg"):
+        digits = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
+        patch.setitem(RECIPES, "digits", digits)
+        train_cifar.main(config(folder))
+        return folder, outcome(folder)
+
+
+@pytest.mark.parametrize(
+    ("number", "after"),
+    [(signal.SIGTERM, 1), (signal.SIGINT, 88), (signal.SIGTERM, 89)],  # 88 are an epoch
+)
+def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(monkeypatch, whole, number, after):
+    calls = []
+    program = Trainer.step.func
+
+    def step(self):
+        compiled = program(self)
+
+        def counted(*args):
+            calls.append(1)
+            if len(calls) == after:
+                os.kill(os.getpid(), number)
+            return compiled(*args)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        counting = cached_property(step)
+        counting.__set_name__(Trainer, "step")
+        patch.setattr(Trainer, "step", counting)
+        with pytest.raises(Stopped, match=f"stopped by {number.name} in epoch [12]") as stopped:
+            train_cifar.main(config("run"))
+    assert stopped.value.number == number
+    assert len(calls) == after
+    train_cifar.main(config("run", resume=True))
+    assert_same(outcome("run"), whole[1])
+
+
+def test_a_finished_run_goes_on_to_nothing(whole, capsys):
+    folder, expected = whole
+    last = train_cifar.main(config(folder, resume=True))
+    assert last["epoch"] == 3
+    assert_same(outcome(folder), expected)
+    assert "going on after step 264" in capsys.readouterr().out
+
+
+def test_without_a_run_to_go_on_with_one_begins():
+    last = train_cifar.main(dataclasses.replace(SMALL, epochs=1, resume=True))
+    assert last["epoch"] == 1
+    (folder,) = Path("runs").iterdir()
+    assert train_cifar.main(dataclasses.replace(SMALL, epochs=1, resume=True)) == last
+    assert list(Path("runs").iterdir()) == [folder]
+
+
+def test_another_run_does_not_go_on_in_its_place(whole):
+    folder, expected = whole
+    with pytest.raises(TrainingError) as caught:
+        train_cifar.main(config(folder, resume=True, seed=1, norm="bn"))
+    assert str(caught.value) == (
+        "A run goes on with the arguments that it began with, but of the one in "
+        f"{folder} norm was bcn and is bn; seed was 0 and is 1. Say the same again, or begin "
+        "another run in another --output."
+    )
+    assert_same(outcome(folder), expected)
+
+
+def test_the_last_and_the_best_checkpoint_are_evaluated(whole, capsys):
+    folder, (_, rows) = whole
+    best = train_cifar.main(Config(output=folder, eval_only=True))
+    assert best["test_accuracy"] == max(row["test_accuracy"] for row in rows)
+    last = rows[-1]["test_accuracy"]
+    printed = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"last \(step 264\): loss [\d.]+, accuracy {last:.2%}", printed[0])
+    assert printed[1].startswith("best (step ")
+
+
+def test_a_picture_is_seen_as_in_training(whole, capsys):
+    image = data.digits().test.images[:1]
+    chosen = config(whole[0])
+    recipe = resolve(chosen)
+    like = Trainer(chosen, recipe, data.digits(), Placement(1)).first_state
+    with Checkpoints(whole[0] / "checkpoints") as checkpoints:
+        best = checkpoints.best(like).state
+    variables = {"params": best.params, "batch_stats": best.batch_stats}
+    model = train_cifar.make_model(chosen, recipe, 10)
+    expected = jax.nn.softmax(model.apply(variables, data.to_float(image), train=False)[0])
+
+    PIL.Image.fromarray(image[0, :, :, 0]).save("digit.png")
+    seen = train_cifar.main(Config(output=whole[0], predict=Path("digit.png")))
+    np.testing.assert_allclose(list(seen.values()), expected, rtol=1e-6)
+    assert list(seen) == list("0123456789")
+    first = max(seen, key=seen.__getitem__)
+    assert f"digit.png shows {first}: {seen[first]:.1%} (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("mode", "size"), [("RGB", (80, 80)), ("RGBA", (8, 20)), ("P", (8, 8))])
+def test_pictures_of_any_kind_and_size_are_taken(mode, size):
+    PIL.Image.new(mode, size).save("picture.png")
+    assert pictures.read(Path("picture.png"), (8, 8, 1)).shape == (8, 8, 1)
+    assert pictures.read(Path("picture.png"), (32, 32, 3)).shape == (32, 32, 3)
+
+
+def test_what_is_no_picture_or_no_run_is_said(whole):
+    Path("text.png").write_text("no picture")
+    for name, error in (
+        ("text.png", "cannot identify image file '.*text.png'"),
+        ("absent.png", "No such file or directory"),
+    ):
+        with pytest.raises(TrainingError, match=f"Cannot read {name} as a picture: {error}. Name"):
+            train_cifar.main(Config(output=whole[0], predict=Path(name)))
+    for options in {"eval_only": True}, {"predict": Path("text.png")}:
+        with pytest.raises(TrainingError, match="There must be a run with a checkpoint, but there"):
+            train_cifar.main(Config(output=Path("nowhere"), **options))
+
+
+def test_a_damaged_configuration_is_said(whole):
+    Path("run").mkdir()
+    Path("run/config.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"Cannot read run/config\.json, which says"):
+        train_cifar.main(config("run", resume=True))
+
+
+KILLABLE = """
+import dataclasses, sys
+import train_cifar
+from bcn_flax.training.config import RECIPES
+digits = RECIPES["digits"]
+RECIPES["digits"] = dataclasses.replace(digits, blocks=((8,),), groups=4)
+train_cifar.command_line()
+"""
+
+
+def start(folder):
+    options = ["--epochs", "3", "--checkpoint-every", "7", "--micro-batch", "16", "--devices", "1"]
+    return subprocess.Popen(
+        [sys.executable, "-c", KILLABLE, *options, "--resume", "--output", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "JAX_DEFAULT_PRNG_IMPL": "rbg",
+            "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+    )
+
+
+@pytest.mark.slow
+def test_killed_at_20_random_moments_the_run_ends_as_if_it_had_not_been(tmp_path, whole):
+    """From the first line of the table on: saves, evaluations and the ends of epochs included."""
+    rng = random.Random(0)
+    folder = tmp_path / "killed"
+    kills = 0
+    while kills < 20:
+        with start(folder) as run:
+            header = next((line for line in run.stdout if line.startswith("epoch  ")), None)
+            assert header, "the run did not come to train"
+            try:
+                # Long enough to come forward now and then, too short to end.
+                run.wait(rng.uniform(0, 0.25))
+            except subprocess.TimeoutExpired:
+                run.kill()
+            run.stdout.read()
+        if run.returncode != -signal.SIGKILL:
+            assert run.returncode == 0
+            break
+        kills += 1
+    assert kills == 20, f"it ended after {kills}"
+    with start(folder) as run:
+        assert run.wait() == 0, run.stdout.read()
+    assert_same(outcome(folder), whole[1])
