@@ -14,14 +14,12 @@ cores. The first line is the default, and takes some 20 s, 10 of them compilatio
 it takes 30 s.
 
                                         (batch size 32)    --batch-size 1
-                                          99.33 +- 0.32     99.44 +- 0.34
-    --norm bn                             99.39 +- 0.23     98.33 +- 1.15
-    --norm gn                             99.39 +- 0.23     99.56 +- 0.32
+                                          99.39 +- 0.23     99.50 +- 0.12
+    --norm bn                             99.28 +- 0.15     97.67 +- 1.69
+    --norm gn                             99.28 +- 0.32     99.67 +- 0.23
 
-One image is 0.28 %, over which roundings decide: the table is of an earlier revision, and seed 0 of
-the first line gives 99.44 now, where it gave 99.17. The digits are hard enough to show that batch
-norm alone suffers from batches of one, and too easy to tell the others apart. CIFAR-10 has not been
-measured yet.
+One image is 0.28 %. The digits are hard enough to show that batch norm alone suffers from batches
+of one, and too easy to tell the others apart. CIFAR has not been measured yet.
 
 The whole data set lies on each device, and shuffling, augmentation, forward pass, backward pass and
 update are one compiled step. The host only calls it again and again: a scan over the steps would
@@ -35,6 +33,7 @@ went on with `--resume`.
 
 import contextlib
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -411,7 +410,11 @@ def train(config: Config) -> dict[str, float]:
             with ProgressBar(steps, recipe.epochs, recipe.micro_batch, done=done) as progress:
                 trainer.fit(state, checkpoints, written, signals, progress)
     parameters = sum(p.size for p in jax.tree.leaves(trainer.first_state.params))
-    print(f"{parameters:,} parameters, {devices.peak_memory()}; results in {folder}")
+    speed = statistics.harmonic_mean([row["images_per_second"] for row in written.history])
+    print(
+        f"{parameters:,} parameters, {speed:,.0f} images/s, {devices.peak_memory()}; "
+        f"results in {folder}"
+    )
     return written.history[-1]
 
 

@@ -134,7 +134,9 @@ def test_cifar10_from_end_to_end(small, tmp_path, capsys):
     assert "20 training and 4 held-out images" in printed
     assert any(re.fullmatch(r"compiled 4 programs in [\d.]+ s", line) for line in printed)
     assert printed[-2].split()[0] == "1"
-    assert re.fullmatch(r"[\d,]+ parameters, [\d,]+ MiB of memory; results in here", printed[-1])
+    assert re.fullmatch(
+        r"[\d,]+ parameters, [\d,]+ images/s, [\d,]+ MiB of memory; results in here", printed[-1]
+    )
 
 
 @pytest.mark.parametrize(("dataset", "expected"), [("cifar10", 1), ("digits", 0)])

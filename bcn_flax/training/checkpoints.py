@@ -10,7 +10,6 @@ holds what was found damaged; `saving` and `deleted` are on their way in and out
 
 import hashlib
 import json
-import logging
 import math
 import shutil
 import sys
@@ -355,7 +354,7 @@ def _read_record(folder: Path) -> _Record:
 
 
 def _seal(fields: Mapping[str, Any]) -> str:
-    return _sha256(json.dumps(fields, sort_keys=True).encode())
+    return _sha256(json.dumps(fields).encode())
 
 
 # Failures
@@ -365,23 +364,10 @@ def _attempt(read: Callable[[], T]) -> tuple[T | None, str]:
     """What was read, or None and why not, on all processes alike."""
     result, damage = None, "other processes cannot read it"
     try:
-        with _quiet():
-            result = read()
+        result = read()
     except Exception as error:  # Orbax documents none, and raises many types
         damage = _brief(error)
     return (result if all_agree(result is not None) else None), damage
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what Orbax logs from the terminal: what matters is raised, too."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _brief(error: Exception) -> str:
@@ -393,8 +379,7 @@ def _brief(error: Exception) -> str:
 def _writing(folder: Path, last: str | None) -> Iterator[None]:
     """What is saved can be written."""
     try:
-        with _quiet():
-            yield
+        yield
     except TrainingError:
         raise
     except Exception as error:  # Orbax documents none, and raises many types
