@@ -50,7 +50,7 @@ def assert_near(one, other):
     jax.tree.map(close, one, other)
 
 
-@pytest.mark.parametrize("norm", ["bcn", "bn"])
+@pytest.mark.parametrize("norm", ["bcn", pytest.param("bn", marks=pytest.mark.slow)])
 def test_eight_devices_are_one(norm):
     """The estimates are of the whole batch: statistics are summed over all devices."""
     for count in 1, 8:

@@ -295,6 +295,7 @@ def test_smoothed_labels_leave_a_loss_where_the_network_is_sure():
     np.testing.assert_allclose(train_cifar.cross_entropy(logits, labels, 0.1), [5.0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resnet_trains_too(small):
     last = train_cifar.main(Config(network="resnet", depth=8, epochs=1, devices=1, batch_size=256))
     assert math.isfinite(last["test_loss"])

@@ -36,6 +36,7 @@ class Twins(NamedTuple):
         call: keyword arguments of a call of the Flax module, of whether it trains.
         axes: how those of inputs and outputs lie.
         wide: whether there is float64 in it.
+        known_outputs: what `outputs` has found so far, since to trace a model takes its time.
     """
 
     flax: Module
@@ -45,6 +46,7 @@ class Twins(NamedTuple):
     call: Call
     axes: Axes
     wide: bool
+    known_outputs: dict[Any, list[jax.ShapeDtypeStruct]]
 
     @property
     def forward(self) -> Forward:
@@ -74,10 +76,12 @@ class Twins(NamedTuple):
 
     def outputs(self, inputs: Sequence[Values], train: bool) -> list[jax.ShapeDtypeStruct]:
         """The shapes and dtypes of Flax's outputs."""
-        with self.precision():
-            return jax.tree.leaves(
-                jax.eval_shape(self._outputs(train), self.variables, list(inputs))
-            )
+        key = train, tuple((x.shape, x.dtype) for x in inputs)
+        if key not in self.known_outputs:
+            with self.precision():
+                shapes = jax.eval_shape(self._outputs(train), self.variables, list(inputs))
+            self.known_outputs[key] = jax.tree.leaves(shapes)
+        return self.known_outputs[key]
 
     def torch_outputs(self, inputs: Sequence[Values], train: bool) -> dict[str, Values]:
         """PyTorch's outputs in Flax's order of axes, by name."""
@@ -148,7 +152,7 @@ def twins(
             torch.load_state_dict(match.to_torch(own))
         if weights == "torch":
             own = match.to_flax(torch)
-    return Twins(flax, torch, own, match, call, axes, wide)
+    return Twins(flax, torch, own, match, call, axes, wide, {})
 
 
 def in_float64(them: Twins, **matching: Any) -> Twins:
@@ -157,7 +161,7 @@ def in_float64(them: Twins, **matching: Any) -> Twins:
         flax, variables = _in_float64(them.flax, them.variables)
         torch = torch_side.in_float64(them.torch)
         match = interop.match(torch, _like(flax, variables), **matching)
-    return them._replace(flax=flax, torch=torch, variables=variables, match=match, wide=True)
+    return Twins(flax, torch, variables, match, them.call, them.axes, True, {})
 
 
 def constants(them: Twins) -> list[str]:
