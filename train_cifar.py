@@ -1,4 +1,4 @@
-"""Train a VGG with weight standardization (WS) and batch-channel normalization (BCN).
+"""Train a VGG or a ResNet with weight standardization and batch-channel normalization.
 
     pip install -e ".[train]"
     python train_cifar.py                                    # 8x8 digits: nothing to download

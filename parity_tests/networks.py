@@ -23,6 +23,7 @@ def vgg(
     ws: bool = True,
     estimate: bool = True,
     groups: int = 4,
+    steps: int = 3,
 ) -> None:
     """Fail unless both networks train alike, in float64."""
     import bcn_torch
@@ -34,6 +35,7 @@ def vgg(
         bcn_torch.VGG(blocks, **shared, groups=groups).double(),
         images,
         optimizer=optimizer,
+        steps=steps,
         eager=False,
     )
 

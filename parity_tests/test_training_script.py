@@ -19,6 +19,7 @@ import pytest
 import tyro
 
 import train_cifar
+from bcn_flax.models import ResNet
 from bcn_flax.training import config as configuration
 from bcn_flax.training import data
 from bcn_flax.training.checks import TrainingError
@@ -295,11 +296,14 @@ def test_smoothed_labels_leave_a_loss_where_the_network_is_sure():
     np.testing.assert_allclose(train_cifar.cross_entropy(logits, labels, 0.1), [5.0], rtol=1e-6)
 
 
-@pytest.mark.slow
-def test_a_resnet_trains_too(small):
-    last = train_cifar.main(Config(network="resnet", depth=8, epochs=1, devices=1, batch_size=256))
-    assert math.isfinite(last["test_loss"])
-    assert [p.name for p in Path("runs").iterdir()] == ["digits-resnet8-bcn-ws-batch256-seed0"]
+def test_a_resnet_is_trained_where_one_is_asked_for():
+    config = Config(network="resnet", depth=32, norm="gn", dtype="bfloat16")
+    recipe = configuration.resolve(config)
+    assert train_cifar.make_model(config, recipe, 100) == ResNet(
+        32, num_classes=100, norm="gn", num_groups=8, momentum=0.95, dtype=jnp.dtype("bfloat16")
+    )
+    folder = configuration.default_folder(config, recipe)
+    assert folder == Path("runs/digits-resnet32-gn-ws-batch32-seed0")
 
 
 def test_without_a_terminal_there_are_plain_lines_within_epochs(capsys):

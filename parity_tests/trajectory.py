@@ -22,11 +22,13 @@ import torch
 import bcn_torch
 from bcn_flax.interop import match
 from bcn_flax.training import data
+from bcn_flax.training.config import RECIPES, Config
 from parity_tests import layout
-from train_cifar import RECIPES, Config, make_model
+from train_cifar import make_model
 
 RECIPE = RECIPES["digits"]
-MODEL = make_model(Config(), RECIPE)
+# Computes in the dtype of its variables.
+MODEL = make_model(Config(), RECIPE, 10).clone(dtype=None)
 # Of Adam, which makes a whole step of a gradient that is 0 but for rounding. This network has none:
 # as BCN normalizes by running estimates, no batch cancels the biases ahead of it.
 RATE = RECIPE.learning_rate

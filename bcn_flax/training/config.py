@@ -21,84 +21,84 @@ Dtype = Literal["float32", "bfloat16"]
 class Config:
     """What the command line says. Where it says None, the data set decides, by its recipe."""
 
+    #: What to train on; digits needs no download, the others are downloaded if need be.
     dataset: DatasetName = "digits"
-    """What to train on; digits needs no download, the others are downloaded if need be."""
+    #: The folder for CIFAR, downloaded or unpacked, or its archive.
     data_dir: Path = Path("data")
-    """The folder for CIFAR, downloaded or unpacked, or its archive."""
+    #: The folder for the results; by default a new one in runs, named for what it holds.
     output: Path | None = None
-    """The folder for the results; by default a new one in runs, named for what it holds."""
+    #: Go on with the run in the output folder, by default the last of its name; begin it if there
+    #: is none.
     resume: bool = False
-    """Go on with the run in the output folder, by default the last of its name; begin it if there
-    is none."""
+    #: Steps between two checkpoints within an epoch; there is one after each epoch, too.
     checkpoint_every: int = 1000
-    """Steps between two checkpoints within an epoch; there is one after each epoch, too."""
+    #: Only evaluate the last and the best checkpoint of a run.
     eval_only: bool = False
-    """Only evaluate the last and the best checkpoint of a run."""
+    #: Only say what this picture shows, by the best checkpoint of a run.
     predict: Path | None = None
-    """Only say what this picture shows, by the best checkpoint of a run."""
+    #: Decides the first weights, the order of the images and their augmentation.
     seed: int = 0
-    """Decides the first weights, the order of the images and their augmentation."""
 
+    #: A VGG, or the ResNet for CIFAR.
     network: Network = "vgg"
-    """A VGG, or the ResNet for CIFAR."""
+    #: Layers of the ResNet: 20, 32, 44, 56, 110 and so on.
     depth: int = 20
-    """Layers of the ResNet: 20, 32, 44, 56, 110 and so on."""
+    #: After each convolution: batch-channel, batch, group or no normalization.
     norm: Norm = "bcn"
-    """After each convolution: batch-channel, batch, group or no normalization."""
+    #: Whether to standardize the weights of the convolutions.
     ws: bool = True
-    """Whether to standardize the weights of the convolutions."""
+    #: Whether bcn normalizes by running averages in training, as micro-batches need, or by the
+    #: batch.
     estimate: bool = True
-    """Whether bcn normalizes by running averages in training, as micro-batches need, or by the
-    batch."""
+    #: Number of channel groups, of bcn and gn; by default 16 for digits, 32 for cifar10 and
+    #: cifar100, and 8 in a ResNet.
     groups: int | None = None
-    """Number of channel groups, of bcn and gn; by default 16 for digits, 32 for cifar10 and
-    cifar100, and 8 in a ResNet."""
+    #: Weight of the old running average, of bcn and bn; by default 0.95 for digits at batch
+    #: size 32, 0.9 for cifar10 and cifar100 at 64, and fitted to other batch sizes: averages
+    #: over some 640 images.
     norm_momentum: float | None = None
-    """Weight of the old running average, of bcn and bn; by default 0.95 for digits at batch size
-    32, 0.9 for cifar10 and cifar100 at 64, and fitted to other batch sizes: averages over some 640
-    images."""
+    #: Of the computation; parameters and running averages are float32 in any case.
     dtype: Dtype = "float32"
-    """Of the computation; parameters and running averages are float32 in any case."""
 
+    #: Images in a step of the optimizer, over all devices; by default 32 for digits, 64 for cifar10
+    #: and cifar100.
     batch_size: int | None = None
-    """Images in a step of the optimizer, over all devices; by default 32 for digits, 64 for cifar10
-    and cifar100."""
+    #: Images that pass the network together; by default the whole batch. Of smaller ones the
+    #: gradients are averaged, and the running averages move with each.
     micro_batch: int | None = None
-    """Images that pass the network together; by default the whole batch. Of smaller ones the
-    gradients are averaged, and the running averages move with each."""
+    #: How often to go through the training images; by default 15 for digits, 10 for cifar10 and
+    #: cifar100.
     epochs: int | None = None
-    """How often to go through the training images; by default 15 for digits, 10 for cifar10 and
-    cifar100."""
+    #: Adam, or stochastic gradient descent with Nesterov momentum 0.9.
     optimizer: Optimizer = "adam"
-    """Adam, or stochastic gradient descent with Nesterov momentum 0.9."""
+    #: Of the first step; by default, with Adam, 0.002 for digits at batch size 32, 0.00025 for
+    #: cifar10 and cifar100 at 64, and otherwise in proportion to the root of the batch size; with
+    #: SGD, 0.05 at batch size 32, 0.1 at 64, and otherwise in proportion to the batch size.
     learning_rate: float | None = None
-    """Of the first step; by default, with Adam, 0.002 for digits at batch size 32, 0.00025 for
-    cifar10 and cifar100 at 64, and otherwise in proportion to the root of the batch size; with SGD,
-    0.05 at batch size 32, 0.1 at 64, and otherwise in proportion to the batch size."""
+    #: Keep the learning rate constant, let it fall to 0 along half a cosine, or divide it by 10
+    #: after a half and after three quarters of the steps; by default cosine for digits, constant
+    #: for cifar10 and cifar100.
     schedule: Schedule | None = None
-    """Keep the learning rate constant, let it fall to 0 along half a cosine, or divide it by 10
-    after a half and after three quarters of the steps; by default cosine for digits, constant for
-    cifar10 and cifar100."""
+    #: Of kernels alone, not of norms and biases: decoupled with Adam (AdamW), L2 with SGD.
     weight_decay: float = 0.0
-    """Of kernels alone, not of norms and biases: decoupled with Adam (AdamW), L2 with SGD."""
+    #: The part of each label that goes to all classes alike.
     label_smoothing: float = 0.0
-    """The part of each label that goes to all classes alike."""
+    #: Scale gradients down to this norm where theirs is larger.
     clip_norm: float | None = None
-    """Scale gradients down to this norm where theirs is larger."""
 
+    #: Over how many to spread each micro-batch; by default all of them.
     devices: int | None = None
-    """Over how many to spread each micro-batch; by default all of them."""
+    #: Be one of several processes that train together, as Slurm, Open MPI, Kubernetes or a TPU pod
+    #: started them.
     distributed: bool = False
-    """Be one of several processes that train together, as Slurm, Open MPI, Kubernetes or a TPU pod
-    started them."""
+    #: The same without these: host and port of the process 0, as in 10.0.0.1:1234, ...
     coordinator: str | None = None
-    """The same without these: host and port of the process 0, as in 10.0.0.1:1234, ..."""
+    #: ... how many processes there are, ...
     num_processes: int | None = None
-    """... how many processes there are, ..."""
+    #: ... and which one this is, from 0 on.
     process_id: int | None = None
-    """... and which one this is, from 0 on."""
+    #: Whether to write files for TensorBoard, too; needs the extra of that name.
     tensorboard: bool = False
-    """Whether to write files for TensorBoard, too; needs the extra of that name."""
 
 
 # What may change when a run goes on.
