@@ -2,6 +2,9 @@
 
 import jax
 
+# For XLA: how long one device waits for another before it gives up.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+
 # For XLA: LLVM's optimizations take most of the time, and then the generators of fused kernels, for
 # which there is a simpler one before JAX 0.11.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0" + (
