@@ -45,11 +45,6 @@ class Comparison:
         return "\n\n".join([*parts, *self.notes])
 
 
-def worst_rows(rows: Iterable[Row]) -> dict[tuple[Sides, str], Row]:
-    """Of each pair of sides and each quantity, the row that comes nearest to its tolerance."""
-    return {key: errors[_OF_ALLOWED][0] for key, errors in _largest(rows).items()}
-
-
 def _largest(rows: Iterable[Row]) -> dict[tuple[Sides, str], dict[str, tuple[Row, Worst]]]:
     """Of each pair of sides and each quantity, by measure, the largest error and its row."""
     largest: dict[tuple[Sides, str], dict[str, tuple[Row, Worst]]] = {}
