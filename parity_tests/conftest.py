@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
-from parity_tests.environment import PATIENT, QUICK_TO_COMPILE, prepare
+from parity_tests.environment import QUICK_TO_COMPILE, prepare
 
 # The tests run in several processes, whose threads would stand in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,11 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     What XLA does to a program stays the same. The slow tests compile as programs usually do.
     """
-    # Eight devices on two busy cores may wait for each other longer than XLA's 40 s.
-    flags = [os.environ.get("XLA_FLAGS", ""), PATIENT]
     if re.search("not slow|(?<!not )mutants", config.option.markexpr):
-        flags.append(QUICK_TO_COMPILE)
-    os.environ["XLA_FLAGS"] = " ".join(flags)
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}"
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

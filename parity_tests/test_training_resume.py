@@ -1,12 +1,13 @@
 """Nothing is lost: whatever ends a run, it goes on as if nothing had happened, bit for bit."""
 
+import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
-import subprocess
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -25,17 +26,20 @@ from bcn_flax.training.devices import Placement
 from bcn_flax.training.signals import Stopped
 from train_cifar import Trainer
 
-ROOT = Path(train_cifar.__file__).parent
 TIMES = {"seconds", "images_per_second"}
 # A small network, and saves that come often enough to be hit.
+SMALL_DIGITS = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
 SMALL = Config(epochs=3, devices=1, checkpoint_every=7, micro_batch=16)
+
+# New processes are copies of one that has imported everything, which takes longer than to train.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload([__name__])
 
 
 @pytest.fixture(autouse=True)
 def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    digits = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
-    monkeypatch.setitem(RECIPES, "digits", digits)
+    monkeypatch.setitem(RECIPES, "digits", SMALL_DIGITS)
     with jax.default_prng_impl("rbg"):  # initializers compile several times as fast
         yield
 
@@ -66,8 +70,7 @@ def whole(tmp_path_factory):
     """What a run comes to that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch, jax.default_prng_impl("rbg"):
-        digits = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
-        patch.setitem(RECIPES, "digits", digits)
+        patch.setitem(RECIPES, "digits", SMALL_DIGITS)
         train_cifar.main(config(folder))
         return folder, outcome(folder)
 
@@ -191,31 +194,27 @@ def test_a_damaged_configuration_is_said(whole):
         train_cifar.main(config("run", resume=True))
 
 
-KILLABLE = """
-import dataclasses, sys
-import train_cifar
-from bcn_flax.training.config import RECIPES
-digits = RECIPES["digits"]
-RECIPES["digits"] = dataclasses.replace(digits, blocks=((8,),), groups=4)
-train_cifar.command_line()
-"""
+def train_killably(folder, output):
+    """Train in this process, which says what it does in a pipe."""
+    os.dup2(output.fileno(), sys.stdout.fileno())
+    jax.config.update("jax_default_prng_impl", "rbg")
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    RECIPES["digits"] = SMALL_DIGITS
+    train_cifar.main(config(folder, resume=True))
 
 
-def start(folder):
-    options = ["--epochs", "3", "--checkpoint-every", "7", "--micro-batch", "16", "--devices", "1"]
-    return subprocess.Popen(
-        [sys.executable, "-c", KILLABLE, *options, "--resume", "--output", str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "JAX_DEFAULT_PRNG_IMPL": "rbg",
-            "JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
-    )
+@contextlib.contextmanager
+def training(folder):
+    """A process that trains, and what it prints."""
+    reading, writing = processes.Pipe(duplex=False)
+    run = processes.Process(target=train_killably, args=(folder, writing))
+    run.start()
+    writing.close()
+    with open(os.dup(reading.fileno())) as printed:
+        yield run, printed
+        printed.read()
+    run.join()
 
 
 @pytest.mark.slow
@@ -223,22 +222,15 @@ def test_killed_at_20_random_moments_the_run_ends_as_if_it_had_not_been(tmp_path
     """From the first line of the table on: saves, evaluations and the ends of epochs included."""
     rng = random.Random(0)
     folder = tmp_path / "killed"
-    kills = 0
-    while kills < 20:
-        with start(folder) as run:
-            header = next((line for line in run.stdout if line.startswith("epoch  ")), None)
+    for _ in range(20):
+        with training(folder) as (run, printed):
+            header = next((line for line in printed if line.startswith("epoch  ")), None)
             assert header, "the run did not come to train"
-            try:
-                # Long enough to come forward now and then, too short to end.
-                run.wait(rng.uniform(0, 0.25))
-            except subprocess.TimeoutExpired:
-                run.kill()
-            run.stdout.read()
-        if run.returncode != -signal.SIGKILL:
-            assert run.returncode == 0
-            break
-        kills += 1
-    assert kills == 20, f"it ended after {kills}"
-    with start(folder) as run:
-        assert run.wait() == 0, run.stdout.read()
+            # Long enough to come forward now and then, too short to end.
+            run.join(rng.uniform(0, 0.25))
+            run.kill()
+        assert run.exitcode == -signal.SIGKILL
+    with training(folder) as (run, _):
+        pass
+    assert run.exitcode == 0
     assert_same(outcome(folder), whole[1])
