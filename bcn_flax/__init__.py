@@ -3,6 +3,7 @@
 The layers here are those of `bcn_flax.linen`. The algebra they stand on is in `bcn_flax.affine`.
 """
 
+from bcn_flax.affine import MOMENTS
 from bcn_flax.linen import (
     BatchChannelNorm,
     BatchNorm,
@@ -15,6 +16,7 @@ from bcn_flax.linen import (
 from bcn_flax.weight_standardization import Standardization, standardize_kernel
 
 __all__ = [
+    "MOMENTS",
     "BatchChannelNorm",
     "BatchNorm",
     "ChannelNorm",

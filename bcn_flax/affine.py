@@ -24,8 +24,16 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
+
+MOMENTS = "moments"
+"""The name under which `jax.checkpoint` knows the moments of a layer's input.
+
+With the policy `jax.checkpoint_policies.save_only_these_names(MOMENTS)` a rematerialized block
+keeps them, `(n, c)` numbers, and does not measure its input a second time.
+"""
 
 
 class Moments(NamedTuple):
@@ -105,21 +113,28 @@ def moments(
         x = jnp.where(mask, x, 0)
         near = jnp.sum(x, space, keepdims=True) / jnp.maximum(size, 1)
     n, c = x.shape[0], x.shape[axis]
-    origin = _constant(near).reshape(n, c)
-    deviation = centered(x, origin, axis)
-    if mask is not None:
-        deviation = jnp.where(mask, deviation, 0)
+    origin = checkpoint_name(_constant(near).reshape(n, c), MOMENTS)
 
     def average(values: Array) -> Array:
-        return jnp.sum(values, space, keepdims=True) / jnp.maximum(size, 1)
+        counted = values if mask is None else jnp.where(mask, values, 0)
+        return jnp.sum(counted, space, keepdims=True) / jnp.maximum(size, 1)
 
-    mean, second = average(deviation), average(jnp.square(deviation))
+    # Checkpointed, it keeps `x` for the backward pass and not the deviations beside it.
+    @jax.checkpoint
+    def second_moment(x: Array, origin: Array) -> Array:
+        return average(jnp.square(centered(x, origin, axis)))
+
+    # Every pass over `x` has its own copy of the origin, and so its own deviations: those that two
+    # sums share, XLA on CPU would write to memory.
+    for_second = _once(origin)
+    sums = average(centered(x, origin, axis)), second_moment(x, for_second)
+    mean, second = map(_once, checkpoint_name(sums, MOMENTS))
     var = _not_negative(second - jnp.square(mean))
     return Moments(
         mean.reshape(n, c),
         var.reshape(n, c),
         size if mask is None else jnp.reshape(size, (n, c)),
-        origin,
+        _once(for_second),
     )
 
 
@@ -202,7 +217,7 @@ def apply(
         axis: the channel axis.
         dtype: of the result; None is that of `x`.
     """
-    scale, offset = (_like(values, x, axis) for values in f)
+    scale, offset = (_like(_once(values), x, axis) for values in f)
     return (scale * x + offset).astype(dtype or x.dtype)
 
 
@@ -222,16 +237,26 @@ def _pool(m: Moments, total: Callable[..., list[Array]]) -> Moments:
 
 
 def _constant(near: Array) -> Array:
-    """An origin near `near`: finite, without derivative, and the same wherever it is computed.
+    """An origin near `near`: finite, and without derivative.
 
-    Compilers compute what is cheap again in each place that needs it, and may leave out a rounding
-    there that they made elsewhere, as in a fused multiply-add. What is measured from one value
-    would be mapped from another. To round to one bit less is not left out.
+    It is computed once, for a compiler that computes it again may leave out a rounding that it made
+    elsewhere, as in a fused multiply-add: what is measured from one origin would be mapped from
+    another.
     """
-    kind = jnp.finfo(near.dtype)
-    near = lax.reduce_precision(lax.stop_gradient(near), kind.nexp, kind.nmant - 1)
+    near = lax.stop_gradient(near)
     # One value that is not finite must not take those around it along.
-    return jnp.where(jnp.isfinite(near), near, 0)
+    return _once(jnp.where(jnp.isfinite(near), near, 0))
+
+
+def _once(values: Array) -> Array:
+    """`values`, computed once, and their gradient too.
+
+    XLA on CPU moves small numbers into the loops over `x` that use them: all of the algebra above
+    would be done again for each element. What it takes for expensive, as a division, stays outside.
+    This one divides by 1, which the compiler does not see.
+    """
+    one = (values == values) | (values != values)
+    return values / one.astype(values.dtype)
 
 
 def _weight(m: Moments) -> Array:

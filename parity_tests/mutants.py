@@ -204,8 +204,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "one-pass-variance",
         AFFINE,
-        "origin = _constant(near).reshape(n, c)",
-        "origin = jnp.zeros((n, c), x.dtype)",
+        "_constant(near).reshape(n, c)",
+        "jnp.zeros((n, c), x.dtype)",
         "E[x^2] - E[x]^2 cancels where the mean is large: in Flax it is 25 % off at mean/std 1000.",
         hint="BatchNorm linen float32 data=mean 1e4",
     ),
@@ -237,8 +237,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "masked-values-in-the-variance",
         AFFINE,
-        "    if mask is not None:\n        deviation = jnp.where(mask, deviation, 0)\n",
-        "",
+        "counted = values if mask is None else jnp.where(mask, values, 0)",
+        "counted = values",
         "What is masked is replaced by 0 and then counts, as far from the mean as 0 is.",
         hint="BatchNorm: a batch norm does not see",
     ),
@@ -1325,8 +1325,8 @@ EQUIVALENT: tuple[Mutant, ...] = (
     Mutant(
         "origin-with-gradient",
         AFFINE,
-        "lax.reduce_precision(lax.stop_gradient(near), ",
-        "lax.reduce_precision(near, ",
+        "    near = lax.stop_gradient(near)\n",
+        "",
         "Mean and variance are the same on paper whatever the origin they are measured from: a "
         "gradient through it adds nothing but rounding.",
         hint="BatchNorm: gradients are slopes",
