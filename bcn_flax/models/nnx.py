@@ -11,6 +11,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from bcn_flax import checks
+from bcn_flax.convolution import conv_general_dilated
 from bcn_flax.models import vgg
 from bcn_flax.nnx import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.norms import RunningVariance
@@ -89,7 +90,14 @@ class VGG(nnx.Module):
         widths = iter((in_channels, *chain(*blocks)))
 
         def conv(features: int) -> Callable[..., Array]:
-            return convolution(next(widths), features, kernel_size=(3, 3), padding=1, **shared)
+            return convolution(
+                next(widths),
+                features,
+                kernel_size=(3, 3),
+                padding=1,
+                conv_general_dilated=conv_general_dilated,
+                **shared,
+            )
 
         make_norm = vgg.choose_norm(self, BatchChannelNorm, BatchNorm, nnx.GroupNorm)
         self.layers = nnx.List(

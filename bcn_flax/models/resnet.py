@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from bcn_flax import checks
+from bcn_flax import checks, convolution
 from bcn_flax.linen import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import vgg
 from bcn_flax.models.linen import call
@@ -85,6 +85,7 @@ class ResNet(nn.Module):
             partial(WSConv, standardization=self.standardization) if self.ws else nn.Conv,
             kernel_size=(3, 3),
             padding=1,
+            conv_general_dilated_cls=convolution.for_linen,
             use_bias=norm is None,
             kernel_init=nn.initializers.he_normal(),
             dtype=self.dtype,
