@@ -3,34 +3,34 @@
 python benchmarks/fold.py
 """
 
-from timing import interleaved, report  # isort: skip  # sets up the environment, so it comes first
+from timing import (  # isort: skip  # sets up the environment, so it comes first
+    HAS_TORCH,
+    interleaved,
+    report,
+    torch_device,
+)
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
-import tyro
 from flax import nnx
 
-import bcn_torch
 from bcn_flax import models
 from bcn_flax.models import nnx as nnx_models
 from bcn_flax.surgery import linen as linen_surgery
 from bcn_flax.surgery import nnx as nnx_surgery
 
+if HAS_TORCH:
+    import torch
+
+    import bcn_torch
+
 BATCHES = (1, 32)
 SIZE = 32
-
-
-@dataclass(frozen=True)
-class Config:
-    """How long to measure."""
-
-    rounds: int = 10
-    """Rounds, in each of which every contender runs once."""
 
 
 def compiled(
@@ -61,41 +61,42 @@ def nnx_contenders(images: jax.Array) -> dict[str, Callable[[], object]]:
     return contenders
 
 
-def torch_contenders(images: torch.Tensor) -> dict[str, Callable[[], object]]:
+def torch_contenders(batch: int) -> dict[str, Callable[[], object]]:
+    images = torch.randn(batch, 3, SIZE, SIZE)
     model = bcn_torch.VGG().eval()
     folded = bcn_torch.fold(model, images)
 
-    def run(module: torch.nn.Module) -> Callable[[], object]:
-        return torch.inference_mode()(lambda: module(images))
+    def run(module: Any) -> Callable[[], object]:
+        module, given = (thing.to(torch_device()) for thing in (module, images))
+        return torch.inference_mode()(lambda: module(given))
 
     return {"PyTorch, eager": run(model), "PyTorch, eager, folded": run(folded)}
 
 
-def main(config: Config) -> None:
-    rows = []
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=10, help="(default: %(default)s)")
+    rounds = parser.parse_args().rounds
+    rows: list[list[str | float]] = []
     for batch in BATCHES:
         images = jax.random.normal(jax.random.key(1), (batch, SIZE, SIZE, 3), jnp.float32)
-        channels_first = torch.randn(batch, 3, SIZE, SIZE)
         contenders = linen_contenders(images) | nnx_contenders(images)
-        contenders |= torch_contenders(channels_first)
-        seconds = interleaved(contenders, config.rounds)
+        contenders |= torch_contenders(batch) if HAS_TORCH else {}
+        seconds = interleaved(contenders, rounds)
         rows += [
-            [
-                str(batch),
-                name,
-                f"{1e3 * time:.2f}",
-                f"{time / seconds[name.removesuffix(', folded')]:.2f}",
-            ]
+            [batch, name, 1e3 * time, time / seconds[name.removesuffix(", folded")]]
             for name, time in seconds.items()
         ]
     report(
         "fold",
         f"The published VGG in evaluation, {SIZE}x{SIZE} images, float32: medians of "
-        f"{config.rounds} interleaved rounds",
+        f"{rounds} interleaved rounds",
         ["batch size", "network", "ms", "times unfolded"],
         rows,
     )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main()

@@ -10,13 +10,12 @@ next to nothing. `nnx.cached_partial` avoids most of it, splitting the model onc
 
 from timing import interleaved, report  # isort: skip  # sets up the environment, so it comes first
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import tyro
 from flax import linen as nn
 from flax import nnx
 
@@ -26,14 +25,6 @@ import bcn_flax.models.nnx
 import bcn_flax.nnx
 
 LINEN = "linen, jax.jit"
-
-
-@dataclass(frozen=True)
-class Config:
-    """How long to measure."""
-
-    rounds: int = 25
-    """Rounds, in each of which every contender runs once."""
 
 
 def sum_of(y: jax.Array) -> jax.Array:
@@ -125,7 +116,12 @@ def contenders(
     return {LINEN: linen, **ways}
 
 
-def main(config: Config) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=25, help="(default: %(default)s)")
+    rounds = parser.parse_args().rounds
     programs = {
         "BatchChannelNorm, (32, 32, 32, 64)": layer((32, 32, 32, 64)),
         "VGG of 4 convolutions, (32, 32, 32, 3)": network((32, 32, 32, 3), **VGG),
@@ -134,7 +130,7 @@ def main(config: Config) -> None:
     }
     rows = []
     for program, runs in programs.items():
-        seconds = interleaved(runs, config.rounds)
+        seconds = interleaved(runs, rounds)
         rows += [
             [
                 program,
@@ -147,11 +143,11 @@ def main(config: Config) -> None:
         ]
     report(
         "nnx",
-        f"Forward and backward in training, float32: medians of {config.rounds} interleaved rounds",
+        f"Forward and backward in training, float32: medians of {rounds} interleaved rounds",
         ["what", "how", "ms", "times linen", "microseconds more"],
         rows,
     )
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main()
