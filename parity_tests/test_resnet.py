@@ -177,7 +177,7 @@ def test_the_arguments_reach_the_norms():
 # Training
 
 
-@pytest.mark.parametrize("size", [8, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [8])
 @every_norm
 def test_a_single_image_gives_finite_logits_and_gradients(norm, size):
     _, variables, step = network(norm)

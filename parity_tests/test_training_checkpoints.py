@@ -278,7 +278,7 @@ def test_a_flip_of_one_bit_anywhere_is_found_out(tmp_path, capfd):
     origin = saved(tmp_path / "origin", scores={1: 0.1, 2: 0.2})
     rng = random.Random(0)
     for file in files_in(origin / "save_1"):
-        for place in range(0, file.stat().st_size, 509):
+        for place in range(0, file.stat().st_size, 1021):
             folder = Path(shutil.copytree(origin, tmp_path / "copy"))
             path = folder / file.relative_to(origin)
             values = bytearray(path.read_bytes())
@@ -629,7 +629,7 @@ def test_a_run_killed_while_it_saves_loses_nothing_and_blocks_nothing(tmp_path, 
 def test_runs_killed_at_any_moment_lose_nothing(tmp_path, capfd):
     rng = random.Random()
     step = 0
-    for _ in range(10):
+    for _ in range(5):
         last = kill_while_it_saves(tmp_path, step, rng.uniform(0, 0.4))
         step = assert_all_is_well_after_a_kill(tmp_path, 0, last, capfd)
 

@@ -79,8 +79,7 @@ def whole(tmp_path_factory):
     ("number", "after"),
     [
         (signal.SIGTERM, 89),  # 88 are an epoch
-        pytest.param(signal.SIGINT, 88, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        (signal.SIGINT, 88),
     ],
 )
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(monkeypatch, whole, number, after):
