@@ -86,7 +86,8 @@ def in_torch(
     labels = labels.to(torch_device())
     model = bcn_torch.VGG(**network).to(torch_device(), memory_format=layout)
     forward = torch.compile(model) if compiled else model
-    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
+    # By default it takes seven times as long on a CPU.
+    optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
 
     def run() -> None:
         optimizer.zero_grad()

@@ -729,4 +729,4 @@ def test_help_says_the_defaults_of_each_data_set(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_digits_one_at_a_time():
-    assert train_cifar.main(Config(batch_size=1, devices=1))["test_accuracy"] >= 0.98
+    assert train_cifar.main(Config(batch_size=1, epochs=4, devices=1))["test_accuracy"] > 0.95
