@@ -57,5 +57,5 @@ def test_readme_runs_from_top_to_bottom():
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     programs = [block for block in blocks if not block.startswith("f = batch_norm")]
-    assert len(programs) == len(blocks) - 1 == 10
+    assert len(programs) == len(blocks) - 1 == 11
     exec("\n".join(programs), {"__name__": "readme"})
