@@ -8,18 +8,22 @@ stack of normalizations reads `x` once to measure it and once to write the resul
     m = moments(x)                                             # one pass over x
     f = standardize(pool_batch(m), epsilon, m.origin)          # batch norm
     g = standardize(pool_groups(push(f, m), groups), epsilon)  # a group norm of what f would give
-    y = apply(chain(f, spread(g, c)), centered(x, m.origin))   # one pass over x
+    y = apply(chain(f, spread(g, c)), x, origin=m.origin)      # one pass over x
 
 Three laws carry this. The law of total variance pools moments, `push` knows the moments of `f(x)`
 without computing `f(x)`, and `chain` is associative.
 
 Means are measured, and maps applied, from an origin near the data. Far from it, where a mean is
 large beside the deviations from it, every sum and product would round the deviations away.
+
+All arithmetic is in float32 or wider. The two passes over `x` are in `bcn_flax.passes`.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +31,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
+
+from bcn_flax import passes
+from bcn_flax.passes import widen
+
+Number = float | Float[Array, ""]
+"""A number, traced or not."""
 
 MOMENTS = "moments"
 """The name under which `jax.checkpoint` knows the moments of a layer's input.
@@ -36,52 +46,60 @@ keeps them, `(n, c)` numbers, and does not measure its input a second time.
 """
 
 
-class Moments(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["mean", "var", "origin", "counts"],
+    meta_fields=["size"],
+)
+@dataclass(frozen=True)
+class Moments:
     """Mean and (biased) variance of each channel of each sample.
 
     Attributes:
         mean: measured from `origin`: small, and precise, where the origin is near.
         var: around the mean.
-        size: the number of values they were taken of, and so their weight when they are pooled: a
-            plain integer where it is the same for all.
+        size: the number of values that each was taken of: an integer, or a symbolic one in an
+            export for any size.
         origin: a constant, without derivative.
+        counts: under a mask, how many of those values count, for each; None is all of them.
     """
 
-    mean: Float[Array, "n c"]
-    var: Float[Array, "n c"]
-    size: Float[Array, "n c"] | int = 1
-    origin: Float[Array, "n c"] | float = 0.0
+    mean: Float[Array, "n *c"]
+    var: Float[Array, "n *c"]
+    size: Any = 1
+    origin: Float[Array, "n *c"] | Number = 0.0
+    counts: Float[Array, "n *c"] | None = None
 
     @property
     def mean_from_zero(self) -> Array:
         """The mean as such."""
         return self.origin + self.mean
 
+    @property
+    def weight(self) -> Any:
+        """How many values count: the weight of each when they are pooled."""
+        return self.size if self.counts is None else self.counts
+
 
 class Affine(NamedTuple):
     """The map `x -> scale * x + offset`, one for each channel of each sample.
 
-    Where `x` was measured from an origin, it is a map of `x - origin`: see `centered`.
+    Where `x` was measured from an origin, it is a map of `x - origin`: see `apply`.
     """
 
     scale: Float[Array, "n c"]
     offset: Float[Array, "n c"]
 
 
-PerChannel = TypeVar("PerChannel", Moments, Affine)
+PerChannel = TypeVar("PerChannel", Array, Affine)
 
 
-def widen(x: Array) -> Array:
-    """`x` in float32, or as it is where it is already as wide: the precision of all arithmetic.
-
-    Where `moments` and `apply` both read half-precision data, widen it once, before them, so that
-    its gradient adds up in full precision and is rounded once.
-    """
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
+@partial(jax.jit, static_argnames="axis")
 def moments(
-    x: Float[Array, "n *space c"], axis: int = -1, mask: Bool[Array, "..."] | None = None
+    x: Float[Array, "n *space c"],
+    axis: int = -1,
+    mask: Bool[Array, "..."] | None = None,
+    wide: Float[Array, "n *space c"] | None = None,
 ) -> Moments:
     """Measure each channel of each sample: `E[x]` and `E[(x - E[x])^2]` over its space.
 
@@ -96,48 +114,30 @@ def moments(
         axis: the channel axis.
         mask: true where a value counts; one axis for each of `x`'s, of the same length or 1. The
             origin is then the mean itself, at the cost of one more pass over `x`.
+        wide: `widen(x)`, to which the derivative goes. Where `apply` reads the same `x`, give both
+            the same: the gradients of `x` then add up in full precision and are rounded once.
 
     Returns:
         Moments in float32, or wider where `x` is. Mean and variance are 0 where nothing counts.
     """
     space = tuple(i for i in range(1, x.ndim) if i != axis % x.ndim)
-    x = widen(x)
-    size: Array | int
+    size = math.prod(x.shape[i] for i in space)
     if mask is None:
-        size = math.prod(x.shape[i] for i in space)
-        near = jnp.mean(_coarse_grid(x, space), space, keepdims=True)
+        counts = None
+        near = jnp.mean(widen(_coarse_grid(x, space)), space)
     else:
         # A masked value may be anything, NaN included: it is replaced before any arithmetic.
         mask = jnp.broadcast_to(mask, x.shape)
-        size = jnp.sum(mask, space, keepdims=True, dtype=x.dtype)
-        x = jnp.where(mask, x, 0)
-        near = jnp.sum(x, space, keepdims=True) / jnp.maximum(size, 1)
-    n, c = x.shape[0], x.shape[axis]
-    origin = checkpoint_name(_constant(near).reshape(n, c), MOMENTS)
-
-    def average(values: Array) -> Array:
-        counted = values if mask is None else jnp.where(mask, values, 0)
-        return jnp.sum(counted, space, keepdims=True) / jnp.maximum(size, 1)
-
-    # Checkpointed, it keeps `x` for the backward pass and not the deviations beside it.
-    @jax.checkpoint
-    def second_moment(x: Array, origin: Array) -> Array:
-        return average(jnp.square(centered(x, origin, axis)))
-
-    # Every pass over `x` has its own copy of the origin, and so its own deviations: those that two
-    # sums share, XLA on CPU would write to memory.
-    for_second = _once(origin)
-    sums = average(centered(x, origin, axis)), second_moment(x, for_second)
-    mean, second = map(_once, checkpoint_name(sums, MOMENTS))
-    var = _not_negative(second - jnp.square(mean))
-    return Moments(
-        mean.reshape(n, c),
-        var.reshape(n, c),
-        size if mask is None else jnp.reshape(size, (n, c)),
-        _once(for_second),
-    )
+        counts = jnp.sum(mask, space, dtype=widen(x).dtype)
+        near = jnp.sum(widen(jnp.where(mask, x, 0)), space) / jnp.maximum(counts, 1)
+    origin = checkpoint_name(_constant(near), MOMENTS)
+    sums = passes.measure(x, widen(x) if wide is None else wide, origin, mask, axis)
+    divisor = size if counts is None else jnp.maximum(counts, 1)
+    mean, second = (s / divisor for s in checkpoint_name(sums, MOMENTS))
+    return Moments(mean, _around(mean, second), size, origin, counts)
 
 
+@partial(jax.jit, static_argnames=("axis_name", "axis_index_groups"))
 def pool_batch(
     m: Moments,
     axis_name: str | None = None,
@@ -146,34 +146,36 @@ def pool_batch(
     """The moments of each channel over all samples, and over all devices of `axis_name`.
 
     Returns:
-        Moments of shape `(1, c)`. Samples and devices weigh by the size of their moments, so that
-        unequal masks are exact. Mean and variance are 0 where nothing counts.
+        Moments of shape `(1, c)`. Samples and devices weigh by the number of values that count, so
+        that unequal masks are exact. Mean and variance are 0 where nothing counts.
     """
 
-    def total(*values: Array) -> list[Array]:
+    def total(values: Sequence[Array]) -> list[Array]:
         sums = [jnp.sum(v, axis=0, keepdims=True) for v in values]
         if axis_name is None:
             return sums
         return lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
 
-    return _pool(m, total)
+    devices = 1 if axis_name is None else lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
+    return _pool(m, total, m.mean.shape[0] * devices)
 
 
+@partial(jax.jit, static_argnames="num_groups")
 def pool_groups(m: Moments, num_groups: int) -> Moments:
     """The moments of each group of consecutive channels, for each sample: `(n, num_groups)`."""
+    n, channels = m.mean.shape
 
     def split(values: Array) -> Array:
-        return values.reshape(values.shape[0], num_groups, -1)
+        return jnp.reshape(values, (n, num_groups, -1)) if jnp.ndim(values) else values
 
-    def total(*values: Array) -> list[Array]:
+    def total(values: Sequence[Array]) -> list[Array]:
         return [jnp.sum(v, axis=-1, keepdims=True) for v in values]
 
-    origin = jnp.broadcast_to(m.origin, m.mean.shape)
-    pooled = _pool(Moments(*map(split, (m.mean, m.var, _weight(m), origin))), total)
-    return jax.tree.map(lambda values: values[..., 0], pooled)
+    pooled = _pool(jax.tree.map(split, m), total, channels // num_groups)
+    return jax.tree.map(lambda values: jnp.squeeze(values, -1), pooled)
 
 
-def standardize(m: Moments, epsilon: float, origin: Array | float = 0.0) -> Affine:
+def standardize(m: Moments, epsilon: Number, origin: Array | float = 0.0) -> Affine:
     """The map that gives mean 0 and variance `var / (var + epsilon)`, nearly 1.
 
     Args:
@@ -181,14 +183,14 @@ def standardize(m: Moments, epsilon: float, origin: Array | float = 0.0) -> Affi
         epsilon: added to the variance.
         origin: from which the values to be mapped are measured.
     """
-    # Not rsqrt, whose derivative goes with var ** -1.5 and is 0 in float32 from values of 1e13 on.
-    scale = 1 / jnp.sqrt(m.var + epsilon)
+    scale = _inverse_root(m.var + epsilon)
     return Affine(scale, ((origin - m.origin) - m.mean) * scale)
 
 
 def push(f: Affine, m: Moments) -> Moments:
     """The moments of `f(x)`, from the moments of `x`, from whose origin `f` maps."""
-    return Moments(f.scale * m.mean + f.offset, jnp.square(f.scale) * m.var, m.size)
+    mean, var = f.scale * m.mean + f.offset, jnp.square(f.scale) * m.var
+    return Moments(mean, var, m.size, counts=m.counts)
 
 
 def chain(f: Affine, g: Affine) -> Affine:
@@ -201,87 +203,99 @@ def spread(of_groups: PerChannel, channels: int) -> PerChannel:
     return jax.tree.map(lambda v: jnp.repeat(v, channels // v.shape[1], axis=1), of_groups)
 
 
-def centered(x: Array, origin: Array | float, axis: int = -1) -> Array:
-    """`x - origin`, one origin for each channel of each sample."""
-    return x - (_like(origin, x, axis) if isinstance(origin, Array) else origin)
-
-
+@partial(jax.jit, static_argnames=("axis", "dtype"))
 def apply(
-    f: Affine, x: Float[Array, "n *space c"], axis: int = -1, dtype: DTypeLike | None = None
+    f: Affine,
+    x: Float[Array, "n *space c"],
+    axis: int = -1,
+    dtype: DTypeLike | None = None,
+    origin: Float[Array, "n channels"] | None = None,
+    wide: Float[Array, "n *space c"] | None = None,
 ) -> Float[Array, "n *space c"]:
-    """Write `f.scale * x + f.offset`, computed in `f`'s precision and rounded once, to `dtype`.
+    """Write `f.scale * (x - origin) + f.offset`, computed in full precision and rounded once.
 
     Args:
         f: one map for each channel of each sample, `(n, c)`, or of all samples, `(1, c)`.
         x: any number of space axes, none included; the first axis counts samples.
         axis: the channel axis.
         dtype: of the result; None is that of `x`.
+        origin: from which `f` maps, a constant; None is 0.
+        wide: `widen(x)`, as in `moments`.
     """
-    scale, offset = (_like(_once(values), x, axis) for values in f)
-    return (scale * x + offset).astype(dtype or x.dtype)
+    if origin is None:
+        origin = jnp.zeros((x.shape[0], x.shape[axis]), widen(x).dtype)
+    # One number for each sample, and inside of `shard_map` for each device, also where it is the
+    # same for all: only then do the gradients of all of them add up.
+    scale, offset = (v + 0 * origin for v in f)
+    wide = widen(x) if wide is None else wide
+    return passes.write(scale, offset, x, wide, origin, axis, dtype or x.dtype)
 
 
-def _pool(m: Moments, total: Callable[..., list[Array]]) -> Moments:
+def _pool(m: Moments, total: Callable[[Sequence[Array]], list[Array]], number: Any) -> Moments:
     """The law of total variance, `Var = E[var] + Var[mean]`: a sum of positive terms only.
 
-    `total` adds up, in each of the arrays that it is given, whatever is to be pooled.
+    Args:
+        m: the moments.
+        total: adds up, in each of a list of arrays, whatever is to be pooled.
+        number: how many moments are pooled into one.
     """
-    weight = _weight(m)
-    size, weighted = total(weight, weight * m.mean_from_zero)
+    size, counts, divisor = number * m.size, None, number
+    if m.counts is not None:
+        (counts,) = total([m.counts])
+        divisor = jnp.maximum(counts, 1)
+
+    def average(*values: Array) -> list[Array]:
+        weighted = values if m.counts is None else [m.counts * v for v in values]
+        return [v / divisor for v in total(weighted)]
+
     # The mean, but for its rounding, from which the means to be pooled do not lie far.
-    origin = _constant(weighted / jnp.maximum(size, 1))
+    origin = _constant(*average(m.mean_from_zero))
     deviation = (m.origin - origin) + m.mean
-    first, second = total(weight * deviation, weight * (m.var + jnp.square(deviation)))
-    mean, second = (values / jnp.maximum(size, 1) for values in (first, second))
-    return Moments(mean, _not_negative(second - jnp.square(mean)), size, origin)
+    mean, second = average(deviation, m.var + jnp.square(deviation))
+    return Moments(mean, _around(mean, second), size, origin, counts)
 
 
 def _constant(near: Array) -> Array:
-    """An origin near `near`: finite, and without derivative.
-
-    It is computed once, for a compiler that computes it again may leave out a rounding that it made
-    elsewhere, as in a fused multiply-add: what is measured from one origin would be mapped from
-    another.
-    """
-    near = lax.stop_gradient(near)
-    # One value that is not finite must not take those around it along.
-    return _once(jnp.where(jnp.isfinite(near), near, 0))
-
-
-def _once(values: Array) -> Array:
-    """`values`, computed once, and their gradient too.
-
-    XLA on CPU moves small numbers into the loops over `x` that use them: all of the algebra above
-    would be done again for each element. What it takes for expensive, as a division, stays outside.
-    This one divides by 1, which the compiler does not see.
-    """
-    one = (values == values) | (values != values)
-    return values / one.astype(values.dtype)
-
-
-def _weight(m: Moments) -> Array:
-    """The size of each of the moments, in their own precision."""
-    return jnp.broadcast_to(jnp.asarray(m.size, m.mean.dtype), m.mean.shape)
+    """An origin near `near`: finite, and without derivative."""
+    # One value that is not finite must not take those around it along. The choice also keeps the
+    # origin's own rounding out of any fused multiply-add, so that it has one value wherever a
+    # compiler computes it again.
+    return lax.stop_gradient(jnp.where(jnp.isfinite(near), near, 0))
 
 
 def _coarse_grid(x: Array, space: Sequence[int]) -> Array:
-    """Of each channel at least 64 values, if it has them, and 1 in 64, evenly spread."""
-    spacing = round(64 ** (1 / max(len(space), 1)))
+    """Of each channel 1 value in 64 or more, and 4 or more if it has them, evenly spread."""
+    spacing, least = (round(number ** (1 / max(len(space), 1))) for number in (64, 4))
     strides = [1] * x.ndim
     for i in space:
         if isinstance(x.shape[i], int):  # and not symbolic, as in an export for any size
-            strides[i] = min(spacing, -(-x.shape[i] // spacing))
+            strides[i] = min(spacing, -(-x.shape[i] // least))
     # Begin in the middle of the first cell: the very edge of an image is often unlike the rest.
     return lax.slice(x, [stride // 2 for stride in strides], x.shape, strides)
+
+
+@jax.custom_jvp
+def _inverse_root(values: Array) -> Array:
+    """`1 / sqrt(values)`.
+
+    Its derivative is computed from itself, in an order in which nothing underflows. That of `rsqrt`
+    goes with `values ** -1.5`, which is 0 in float32 from the squares of 1e13 on.
+    """
+    return 1 / jnp.sqrt(values)
+
+
+@_inverse_root.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    root = _inverse_root(*primals)
+    return root, -0.5 * root * (root * (root * tangents[0]))
+
+
+def _around(mean: Array, second: Array) -> Array:
+    """The variance, `E[d^2] - E[d]^2`; infinite, and not NaN, where both overflow."""
+    largest = jnp.finfo(mean.dtype).max
+    return _not_negative(second - jnp.minimum(jnp.square(mean), largest))
 
 
 def _not_negative(var: Array) -> Array:
     """Clamp at 0 what rounding made negative, leaving every derivative as it is."""
     return var + lax.stop_gradient(jnp.maximum(-var, 0))
-
-
-def _like(values: Array, x: Array, axis: int) -> Array:
-    """Lay `(n, c)` numbers out along the axes of `x`."""
-    shape = [1] * x.ndim
-    shape[0], shape[axis] = values.shape
-    return values.reshape(shape)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from bcn_flax.affine import widen
+from bcn_flax.passes import widen
 
 
 def conv_general_dilated(

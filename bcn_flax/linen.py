@@ -1,7 +1,7 @@
 """The layers as Flax linen modules.
 
 Thin shells: they own the parameters and the running estimates, and leave the rest to
-`bcn_flax.layer` and the arithmetic to `bcn_flax.norms`, as those of `bcn_flax.nnx` do. Every
+`bcn_flax.norms`, as those of `bcn_flax.nnx` do. Every
 normalization here has a method `affine`, from the moments of its input to the affine map that it
 applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
 """
@@ -15,7 +15,7 @@ from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
-from bcn_flax import checks, convolution, layer, norms
+from bcn_flax import checks, convolution, norms
 from bcn_flax.affine import Affine, Moments, chain, push
 from bcn_flax.norms import RunningVariance
 from bcn_flax.weight_standardization import Standardization, standardize_kernel
@@ -55,8 +55,8 @@ class _WithRunningAverages(nn.Module):
         evaluate = checks.running_average_flag(
             type(self).__name__, self.use_running_average, use_running_average
         )
-        update = layer.update_flag(evaluate, self.update_stats, update_stats)
-        return layer.call(self, x, mask, lambda m: self.affine(m, evaluate, update))
+        update = norms.update_flag(evaluate, self.update_stats, update_stats)
+        return norms.normalize(self, x, mask, lambda m: self.affine(m, evaluate, update))
 
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
         """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
@@ -117,21 +117,24 @@ class BatchNorm(_WithRunningAverages):
         dtype = jnp.promote_types(self.param_dtype, jnp.float32)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (channels,), dtype)
-        # While initializing there need be no such axis, and a batch of 1 is no mistake.
         initializing = self.is_initializing()
-        if not (use_running_average or initializing or self.axis_name):
-            checks.several_values(m.mean.shape[0], m.size)
-        pooled, stats = layer.batch_norm_moments(
-            self,
+        f, stats = norms.batch_norm(
             m,
             (mean.value, var.value),
+            _learned(self, channels),
             use_running_average=use_running_average,
             update_stats=update_stats,
-            axis_name=None if initializing else self.axis_name,
+            estimate=self.estimates,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            running_variance=self.running_variance,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            initializing=initializing,
         )
         if update_stats and not initializing:
             mean.value, var.value = stats
-        return norms.batch_norm(pooled, _learned(self, channels), self.epsilon, m.origin)
+        return f
 
 
 class EstimatedBatchNorm(BatchNorm):
@@ -208,15 +211,12 @@ class ChannelNorm(nn.Module):
         Raises:
             ValueError: bad input, or groups that do not divide the channels.
         """
-        return layer.call(self, x, mask, self.affine)
+        return norms.normalize(self, x, mask, self.affine)
 
     @nn.compact
     def affine(self, m: Moments) -> Affine:
         """The map to apply to an input with moments `m`."""
-        checks.epsilon(self.epsilon)
-        channels = m.mean.shape[1]
-        groups = checks.group_count(channels, self.num_groups, self.group_size)
-        checks.several_values_in_a_group(channels // groups, m.size)
+        groups = checks.group_count(m.mean.shape[1], self.num_groups, self.group_size)
         return norms.channel_norm(m, _learned(self, groups), self.epsilon)
 
 
@@ -373,4 +373,4 @@ def _learned(norm: BatchNorm | ChannelNorm, size: int) -> Affine:
     shape, dtype = (size,), norm.param_dtype
     scale = norm.param("scale", norm.scale_init, shape, dtype) if norm.use_scale else None
     bias = norm.param("bias", norm.bias_init, shape, dtype) if norm.use_bias else None
-    return layer.learned(scale, bias, size, dtype)
+    return norms.learned(scale, bias, size, dtype)

@@ -1,7 +1,7 @@
 """The layers as Flax NNX modules: those of `bcn_flax.linen`, with the same names and numbers.
 
 Thin shells: they own the parameters and the running estimates, and leave the rest to
-`bcn_flax.layer` and the arithmetic to `bcn_flax.norms`, as those of `bcn_flax.linen` do. Every
+`bcn_flax.norms`, as those of `bcn_flax.linen` do. Every
 normalization here has a method `affine`, from the moments of its input to the affine map that it
 applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
 
@@ -18,7 +18,7 @@ from flax.nnx import initializers
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jaxtyping import Array, Bool, Float
 
-from bcn_flax import checks, convolution, layer, norms
+from bcn_flax import checks, convolution, norms
 from bcn_flax.affine import Affine, Moments, chain, push
 from bcn_flax.norms import RunningVariance
 from bcn_flax.weight_standardization import Standardization, standardize_kernel
@@ -54,8 +54,8 @@ class _WithRunningAverages(nnx.Module):
         evaluate = checks.running_average_flag(
             type(self).__name__, self.use_running_average, use_running_average
         )
-        update = layer.update_flag(evaluate, self.update_stats, update_stats)
-        return layer.call(self, x, mask, lambda m: self.affine(m, evaluate, update))
+        update = norms.update_flag(evaluate, self.update_stats, update_stats)
+        return norms.normalize(self, x, mask, lambda m: self.affine(m, evaluate, update))
 
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
         """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
@@ -168,20 +168,22 @@ class BatchNorm(_WithRunningAverages):
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
         """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
         checks.num_features(m.mean.shape[1], self.num_features)
-        if not (use_running_average or self.axis_name):
-            checks.several_values(m.mean.shape[0], m.size)
-        pooled, stats = layer.batch_norm_moments(
-            self,
+        f, stats = norms.batch_norm(
             m,
             (self.mean[...], self.var[...]),
+            _learned(self, self.num_features),
             use_running_average=use_running_average,
             update_stats=update_stats,
+            estimate=self.estimates,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            running_variance=self.running_variance,
             axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
         )
         if update_stats:
             self.mean[...], self.var[...] = stats
-        learned = _learned(self, self.num_features)
-        return norms.batch_norm(pooled, learned, self.epsilon, m.origin)
+        return f
 
 
 class EstimatedBatchNorm(BatchNorm):
@@ -269,7 +271,7 @@ class ChannelNorm(nnx.Module):
         Raises:
             ValueError: bad input.
         """
-        return layer.call(self, x, mask, self.affine)
+        return norms.normalize(self, x, mask, self.affine)
 
     def affine(self, m: Moments) -> Affine:
         """The map to apply to an input with moments `m`."""
@@ -517,4 +519,4 @@ def _parameter(
 def _learned(norm: BatchNorm | ChannelNorm, size: int) -> Affine:
     """The scale and bias of a norm as a map, `(1, size)`."""
     scale, bias = (None if p is None else p[...] for p in (norm.scale, norm.bias))
-    return layer.learned(scale, bias, size, norm.param_dtype)
+    return norms.learned(scale, bias, size, norm.param_dtype)

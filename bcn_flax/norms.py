@@ -1,61 +1,186 @@
-"""The layers as pure functions: `Moments -> Affine`.
+"""The layers as pure functions, `Moments -> Affine`, and what linen and NNX share of a call.
 
 Batch norm, estimated batch norm and evaluation differ only in *which* moments they standardize by:
 the batch's, the running estimates after their update, the running estimates as they are.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from functools import partial
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array
 
+from bcn_flax import checks
 from bcn_flax.affine import (
     Affine,
     Moments,
+    Number,
     apply,
-    centered,
     chain,
     moments,
     pool_batch,
     pool_groups,
     spread,
     standardize,
-    widen,
 )
+from bcn_flax.passes import widen
 
 RunningVariance = Literal["biased", "unbiased", "around_running_mean"]
 
 
+@runtime_checkable
+class Layer(Protocol):
+    """What a call needs to know of a layer: some of the arguments of its constructor."""
+
+    axis: int
+    dtype: DTypeLike | None
+    param_dtype: DTypeLike
+    use_scale: bool
+    use_bias: bool
+
+
 def normalize(
-    x: Float[Array, "n *space c"],
-    to_affine: Callable[[Moments], Affine],
-    axis: int,
-    mask: Bool[Array, "..."] | None,
-    dtype: DTypeLike,
-) -> Float[Array, "n *space c"]:
-    """Measure `x`, and apply what `to_affine` makes of its moments."""
-    x = widen(x)
+    layer: Layer, x: ArrayLike, mask: ArrayLike | None, to_affine: Callable[[Moments], Affine]
+) -> Array:
+    """Call a layer: check the input, measure it, and apply what `to_affine` makes of its moments.
+
+    Raises:
+        ValueError: bad input.
+    """
+    x = jnp.asarray(x)
+    mask = None if mask is None else jnp.asarray(mask)
+    checks.activation(x, layer.axis, mask)
     if mask is not None:
         # What hides behind a mask may be anything. Multiplied by a gradient of 0, NaN is still NaN.
         x = jnp.where(mask | jnp.isfinite(x), x, 0)
-    m = moments(x, axis, mask)
+    wide = widen(x)
+    m = moments(x, layer.axis, mask, wide)
+    return apply(to_affine(m), x, layer.axis, result_dtype(layer, x.dtype), m.origin, wide)
 
-    # Checkpointed, it keeps `x` for the backward pass and not `x - origin` beside it.
-    @jax.checkpoint
-    def write(f: Affine, x: Array, origin: Array) -> Array:
-        return apply(f, centered(x, origin, axis), axis, dtype)
 
-    return write(to_affine(m), x, m.origin)
+def result_dtype(layer: Layer, dtype: DTypeLike) -> DTypeLike:
+    """The type of the result for an input of type `dtype`."""
+    if layer.dtype is not None:
+        return layer.dtype
+    learns = layer.use_scale or layer.use_bias
+    return jnp.promote_types(dtype, layer.param_dtype) if learns else dtype
+
+
+def update_flag(evaluate: bool, attribute: bool | None, argument: bool | None) -> bool:
+    """Whether to move the running averages: as the call says, or the constructor, or the mode."""
+    flag = attribute if argument is None else argument
+    return not evaluate if flag is None else flag
+
+
+def learned(scale: Array | None, bias: Array | None, size: int, dtype: DTypeLike) -> Affine:
+    """The learned scale and bias, `(size,)`, as a map `(1, size)`; 1 and 0 where there is none."""
+    return Affine(
+        jnp.ones((1, size), dtype) if scale is None else scale[None],
+        jnp.zeros((1, size), dtype) if bias is None else bias[None],
+    )
+
+
+def batch_norm(
+    m: Moments,
+    stats: tuple[Array, Array],
+    learned: Affine,
+    *,
+    use_running_average: bool,
+    update_stats: bool,
+    estimate: bool,
+    momentum: Number,
+    epsilon: Number,
+    running_variance: RunningVariance,
+    axis_name: str | None,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+    initializing: bool = False,
+) -> tuple[Affine, tuple[Array, Array]]:
+    """`scale * (x - mean) / sqrt(var + epsilon) + bias`, one scale and bias for each channel.
+
+    With `use_running_average` it standardizes by the running estimates as they were. Otherwise,
+    with `estimate`, by those estimates as they are after this batch, through which no gradient
+    flows; without, by the batch's own moments, gradient and all. `update_stats` decides by itself
+    whether the estimates move.
+
+    Args:
+        m: the moments of the input, `(n, c)`.
+        stats: the running mean and variance, `(c,)`.
+        learned: scale and bias, `(1, c)`.
+        use_running_average: whether it is evaluating.
+        update_stats: whether the estimates move.
+        estimate: whether it standardizes by the estimates in training too.
+        momentum: the weight of the old estimates.
+        epsilon: keeps the square root away from 0.
+        running_variance: see `moving_average`.
+        axis_name: of the axis of devices over which the batch is pooled.
+        axis_index_groups: groups of devices that pool among themselves.
+        initializing: there need be no such axis then, and a batch of 1 is no mistake.
+
+    Returns:
+        The map to apply, and the running mean and variance after this batch.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    checks.momentum(momentum)
+    checks.epsilon(epsilon)
+    checks.running_variance(running_variance)
+    if not (use_running_average or initializing or axis_name) and m.counts is None:
+        checks.several_values(m.mean.shape[0], m.size)
+    mean, var = stats
+    running = after = Moments(mean[None], var[None])
+    standard = running
+    if update_stats or not use_running_average:
+        groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
+        batch = pool_batch(m, None if initializing else axis_name, groups)
+        if update_stats:
+            after = moving_average(running, batch, momentum, running_variance)
+        if not use_running_average:
+            standard = after if estimate else batch
+    f = _standardize(standard, learned, epsilon, m.origin)
+    return f, (after.mean[0], after.var[0])
+
+
+@jax.jit
+def _standardize(m: Moments, learned: Affine, epsilon: Number, origin: Array | float) -> Affine:
+    m = Moments(widen(m.mean), widen(m.var), origin=m.origin)
+    return chain(standardize(m, epsilon, origin), learned)
+
+
+def channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
+    """Standardize each group of channels of each sample; one scale and bias for each *group*.
+
+    Args:
+        m: of each channel of each sample, `(n, c)`.
+        learned: scale and bias, `(1, groups)`.
+        epsilon: keeps the square root away from 0.
+
+    Raises:
+        ValueError: epsilon is out of its range.
+    """
+    checks.epsilon(epsilon)
+    if m.counts is None:
+        checks.several_values_in_a_group(m.mean.shape[1] // learned.scale.shape[1], m.size)
+    return _channel_norm(m, learned, epsilon)
+
+
+@jax.jit
+def _channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
+    channels = m.mean.shape[1]
+    pooled = pool_groups(m, learned.scale.shape[1])
+    # Of the group's numbers only these three become as many as there are channels.
+    f = spread(chain(standardize(pooled, epsilon, pooled.origin), learned), channels)
+    return Affine(f.scale, f.scale * (m.origin - spread(pooled.origin, channels)) + f.offset)
 
 
 def moving_average(
     running: Moments,
     batch: Moments,
-    momentum: float | Float[Array, ""],
+    momentum: Number,
     variance: RunningVariance = "biased",
 ) -> Moments:
     """Update the running estimates: `momentum * running + (1 - momentum) * batch`.
@@ -72,6 +197,18 @@ def moving_average(
             "unbiased", the same times `size / (size - 1)`; "around_running_mean",
             `E[(x - running.mean)^2]`, with the mean before its update.
     """
+    # A number is subtracted in Python's precision, before it is rounded to that of the estimates.
+    return _moving_average(running, batch, momentum, 1 - momentum, variance)
+
+
+@partial(jax.jit, static_argnames="variance")
+def _moving_average(
+    running: Moments,
+    batch: Moments,
+    momentum: Number,
+    rate: Number,
+    variance: RunningVariance,
+) -> Moments:
     match variance:
         case "biased":
             var = batch.var
@@ -79,76 +216,19 @@ def moving_average(
             var = unbiased(batch)
         case "around_running_mean":
             var = batch.var + jnp.square((batch.origin - running.mean) + batch.mean)
-    mean = batch.mean_from_zero
 
     def average(old: Array, new: Array) -> Array:
-        mixed = momentum * widen(old) + (1 - momentum) * lax.stop_gradient(new)
+        mixed = momentum * widen(old) + rate * lax.stop_gradient(new)
         return mixed.astype(old.dtype)
 
-    averaged = Moments(average(running.mean, mean), average(running.var, var))
+    mean, var = average(running.mean, batch.mean_from_zero), average(running.var, var)
     # Judged as they would be stored: that type may overflow where the batch's moments did not.
-    finite = jnp.isfinite(averaged.mean) & jnp.isfinite(averaged.var)
-    usable = finite & (jnp.asarray(batch.size) > 0)
-    return Moments(
-        jnp.where(usable, averaged.mean, running.mean), jnp.where(usable, averaged.var, running.var)
-    )
+    usable = jnp.isfinite(mean) & jnp.isfinite(var)
+    if batch.counts is not None:
+        usable &= batch.counts > 0
+    return Moments(jnp.where(usable, mean, running.mean), jnp.where(usable, var, running.var))
 
 
 def unbiased(m: Moments) -> Array:
     """The variance with Bessel's correction, `size / (size - 1)`; 0 of a single value."""
-    return m.var * (m.size / jnp.maximum(m.size - 1, 1))
-
-
-def batch_norm_moments(
-    m: Moments,
-    running: Moments,
-    *,
-    use_running_average: bool,
-    update_stats: bool,
-    estimate: bool,
-    momentum: float | Float[Array, ""],
-    running_variance: RunningVariance = "biased",
-    axis_name: str | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-) -> tuple[Moments, Moments]:
-    """What a batch norm standardizes by, and the running estimates after this batch.
-
-    With `use_running_average` it standardizes by the estimates as they were. Otherwise, with
-    `estimate`, by the estimates as they are after this batch, through which no gradient flows;
-    without, by the batch's own moments, gradient and all. `update_stats` decides by itself whether
-    the estimates move.
-    """
-    if use_running_average and not update_stats:
-        return running, running
-    batch = pool_batch(m, axis_name, axis_index_groups)
-    after = moving_average(running, batch, momentum, running_variance) if update_stats else running
-    if use_running_average:
-        return running, after
-    return (after if estimate else batch), after
-
-
-def batch_norm(
-    pooled: Moments, learned: Affine, epsilon: float, origin: Array | float = 0.0
-) -> Affine:
-    """`scale * (x - mean) / sqrt(var + epsilon) + bias`, one scale and bias for each channel.
-
-    Args:
-        pooled: of the batch or running, `(1, c)`.
-        learned: scale and bias, `(1, c)`.
-        epsilon: keeps the square root away from 0.
-        origin: from which the values to be mapped are measured.
-    """
-    return chain(standardize(pooled, epsilon, origin), learned)
-
-
-def channel_norm(m: Moments, learned: Affine, epsilon: float) -> Affine:
-    """Standardize each group of channels of each sample; one scale and bias for each *group*.
-
-    Args:
-        m: of each channel of each sample, `(n, c)`.
-        learned: scale and bias, `(1, groups)`.
-        epsilon: keeps the square root away from 0.
-    """
-    groups, channels = learned.scale.shape[1], m.mean.shape[1]
-    pooled = spread(pool_groups(m, groups), channels)
-    return chain(standardize(pooled, epsilon, m.origin), spread(learned, channels))
+    return m.var * (m.weight / jnp.maximum(m.weight - 1, 1))

@@ -1,14 +1,17 @@
 """Weight standardization: the kernel of a layer, normalized as if it were the one sample."""
 
+from functools import partial
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from bcn_flax import checks
-from bcn_flax.affine import Affine, Moments, apply, centered, moments, widen
+from bcn_flax.affine import Affine, Moments, apply, moments
 from bcn_flax.norms import unbiased
+from bcn_flax.passes import widen
 
 EpsilonRole = Literal["added_to_variance", "added_to_deviation", "least_variance"]
 
@@ -83,20 +86,36 @@ def standardize_kernel(
     checks.standardization(
         standardization.epsilon_role, standardization.epsilon, standardization.gamma
     )
-    sample = widen(kernel[None])
-    axis = axis % kernel.ndim + 1
-    m = moments(sample, axis, None if mask is None else mask[None])
-    scale = _inverse_divisor(m, standardization)
+    return _standardized(
+        kernel[None],
+        None if mask is None else mask[None],
+        gain,
+        standardization,
+        axis % kernel.ndim + 1,
+    )[0]
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _standardized(
+    sample: Float[Array, "1 *fan_in c"],
+    mask: Bool[Array, "1 *fan_in c"] | None,
+    gain: Float[Array, " c"] | None,
+    how: Standardization,
+    axis: int,
+) -> Float[Array, "1 *fan_in c"]:
+    wide = widen(sample)
+    m = moments(sample, axis, mask, wide)
+    scale = _inverse_divisor(m, how)
     if gain is not None:
         scale = scale * widen(gain)[None]
-    sample = centered(sample, m.origin, axis)
-    standardized = apply(Affine(scale, -m.mean * scale), sample, axis, kernel.dtype)[0]
+    f = Affine(scale, -m.mean * scale)
+    standardized = apply(f, sample, axis, None, m.origin, wide)
     return standardized if mask is None else jnp.where(mask, standardized, 0)
 
 
 def _inverse_divisor(m: Moments, how: Standardization) -> Array:
     var = unbiased(m) if how.unbiased else m.var
-    s = jnp.maximum(m.size, 1) if how.fan_in_scaling else 1
+    s = jnp.maximum(m.weight, 1) if how.fan_in_scaling else 1
     match how.epsilon_role:
         case "added_to_variance":
             inverse = lax.rsqrt(s * (var + how.epsilon))

@@ -27,8 +27,8 @@ def first_output(layer, x):
     return jax.jit(layer.init_with_output)(jax.random.key(0), x)
 
 
-def moments_of(value, n=1):
-    return Moments(jnp.full((1, 3), value), jnp.full((1, 3), 2 * value), jnp.full((1, 3), n))
+def moments_of(value, counts=None):
+    return Moments(jnp.full((1, 3), value), jnp.full((1, 3), 2 * value), counts=counts)
 
 
 def test_moving_average_weighs_the_old_value_by_momentum():
@@ -44,7 +44,7 @@ def test_moving_average_may_forget_all_or_nothing(momentum, expected):
 
 
 def test_moving_average_keeps_what_it_has_where_nothing_counts():
-    batch = moments_of(2.0)._replace(size=jnp.asarray([[1.0, 0.0, 1.0]]))
+    batch = moments_of(2.0, counts=jnp.asarray([[1.0, 0.0, 1.0]]))
     updated = moving_average(moments_of(1.0), batch, 0.5)
     np.testing.assert_array_equal(updated.mean, [[1.5, 1.0, 1.5]])
 

@@ -9,8 +9,9 @@ import numpy as np
 from jax import Array
 
 from bcn_flax import norms
-from bcn_flax.affine import Moments, pool_batch, widen
+from bcn_flax.affine import Moments, pool_batch
 from bcn_flax.norms import RunningVariance
+from bcn_flax.passes import widen
 from bcn_flax.surgery import checks
 
 Leaves = Mapping[tuple[str, ...], Any]
@@ -62,7 +63,7 @@ def absorb(average: Average, m: Moments, running_variance: RunningVariance) -> A
     running average in training; around the running mean, with the variance of the means.
     """
     batch = pool_batch(m)
-    size = jnp.broadcast_to(jnp.asarray(batch.size), batch.mean.shape)[0]
+    size = jnp.broadcast_to(jnp.asarray(batch.weight), batch.mean.shape)[0]
     total = average.weight + size
     rate = size / jnp.maximum(total, 1)
     mean, var = (jnp.where(average.weight > 0, widen(old), 0) for old in average[:2])

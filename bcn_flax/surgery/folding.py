@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bcn_flax import layer, norms
-from bcn_flax.affine import Moments
+from bcn_flax import norms
+from bcn_flax.affine import Moments, chain, standardize
 from bcn_flax.weight_standardization import Standardization, standardize_kernel
 
 Array = jax.Array | np.ndarray
@@ -61,8 +61,8 @@ def fold(conv: Convolution, norm: BatchNorm | None) -> dict[str, jax.Array]:
             )
         if norm is not None:
             mean, var, scale, shift = map(_wide, norm[:4])
-            learned = layer.learned(scale, shift, mean.size, jnp.float64)
-            f = norms.batch_norm(Moments(mean[None], var[None]), learned, norm.epsilon)
+            learned = norms.learned(scale, shift, mean.size, jnp.float64)
+            f = chain(standardize(Moments(mean[None], var[None]), norm.epsilon), learned)
             shape = [1] * kernel.ndim
             shape[conv.axis] = -1
             kernel = kernel * f.scale.reshape(shape)

@@ -15,7 +15,6 @@ from flax import linen as nn
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bcn_flax import layer
 from bcn_flax.linen import (
     BatchChannelNorm,
     BatchNorm,
@@ -24,6 +23,7 @@ from bcn_flax.linen import (
     WSConvTranspose,
     WSDense,
 )
+from bcn_flax.norms import result_dtype
 from bcn_flax.surgery import calibration, checks, folding
 from bcn_flax.surgery.flow import Detour, Flow, without_forks
 
@@ -311,7 +311,7 @@ def _without_batch_norm(
 ) -> Any:
     """What is left of a norm: its channel norm, or nothing."""
     if not isinstance(module, BatchChannelNorm):
-        return x.astype(layer.result_dtype(module, x.dtype))
+        return x.astype(result_dtype(module, x.dtype))
     names = ("axis", "epsilon", "dtype", "param_dtype", "use_bias", "use_scale")
     channel_norm = ChannelNorm(
         module.num_groups,

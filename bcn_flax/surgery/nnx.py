@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import initializers
 
-from bcn_flax import layer
-from bcn_flax.affine import Affine, Moments, widen
+from bcn_flax.affine import Affine, Moments
 from bcn_flax.checks import fan_in, group_count
 from bcn_flax.nnx import BatchChannelNorm, BatchNorm, WSConv, WSConvTranspose, WSDense
+from bcn_flax.norms import result_dtype
+from bcn_flax.passes import widen
 from bcn_flax.surgery import calibration, checks, folding
 from bcn_flax.surgery.flow import Detour, Flow, without_forks
 
@@ -299,7 +300,7 @@ class _Nothing(nnx.Module):
         self.axis = norm.axis
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x.astype(layer.result_dtype(self, x.dtype))
+        return x.astype(result_dtype(self, x.dtype))
 
 
 def _flow(model: Any, args: Any, norms: Any, with_flags: bool) -> Flow[Path]:

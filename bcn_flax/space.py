@@ -1,0 +1,164 @@
+"""Numbers laid out along the space of an activation, and sums over it, as each platform wants them.
+
+`spread` and `sums` are linear, and each is the transpose of the other. They are primitives because
+compilers must be kept from writing arrays of the size of the activation to memory, and each is kept
+from it in another way. The platform is the one that the program is lowered for.
+
+- A CPU computes the small numbers again for each value of the activation that they meet. What it
+  takes for expensive, as a division, it leaves outside its loops: so each is divided by a 1 that
+  the compiler cannot see.
+- A GPU writes what two kernels share, such as `x - origin` in float32. So each use has a copy of
+  the origin, behind an `optimization_barrier`. And it takes the sums that the backward pass needs
+  in one kernel only if they are one reduction of several arrays.
+- A TPU needs nothing: it takes all sums of one array in one pass.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Float
+
+
+def spread(
+    values: Sequence[Float[Array, "n c"]],
+    x: Float[Array, "n *space c"],
+    origin: Float[Array, "n c"],
+    axis: int,
+    copy: int = 0,
+) -> list[Float[Array, "n *space c"]]:
+    """Lay small numbers out: each as an array of the shape of `x` and the type of `origin`.
+
+    Args:
+        values: as `origin`.
+        x: an activation. Only its shape and how it is distributed over devices count.
+        origin: likewise.
+        axis: the channel axis of `x`.
+        copy: numbers laid out under another copy are not computed, or stored, together.
+    """
+    kept = (0, axis % x.ndim)
+    laid_out: list[Array] = spread_p.bind(*values, x, origin, kept=kept, copy=copy)
+    return laid_out
+
+
+def sums(
+    values: Float[Array, "n *space c"],
+    x: Float[Array, "n *space c"],
+    origin: Float[Array, "n c"],
+    axis: int,
+) -> Float[Array, "n c"]:
+    """Sum over all axes of `x` but those of samples and channels; arguments as of `spread`."""
+    (total,) = sums_p.bind(values, x, origin, kept=(0, axis % x.ndim), copy=0)
+    return total
+
+
+Lowering = Callable[..., Sequence[Array]]
+
+
+def _divided(values: Sequence[Array], copy: int) -> list[Array]:
+    # True for NaN too. The number is what makes it another computation than that of another copy.
+    return [v / ((v == v) | (v != copy)).astype(v.dtype) for v in values]
+
+
+def _behind_barrier(values: Sequence[Array], copy: int) -> Sequence[Array]:
+    *behind, _ = lax.optimization_barrier((*values, jnp.asarray(copy)))
+    return behind
+
+
+def _spread(keep_apart: Callable[..., Sequence[Array]] | None = None) -> Lowering:
+    def spread(*args: Array, kept: tuple[int, ...], copy: int) -> list[Array]:
+        *values, x, _ = args
+        apart = keep_apart(values, copy) if keep_apart else values
+        return [lax.broadcast_in_dim(v, x.shape, kept) for v in apart]
+
+    return spread
+
+
+def _each_sum(values: Sequence[Array], axes: Sequence[int]) -> list[Array]:
+    return [jnp.sum(v, axes) for v in values]
+
+
+def _one_reduction(values: Sequence[Array], axes: Sequence[int]) -> Sequence[Array]:
+    def add(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
+        return [x + y for x, y in zip(a, b, strict=True)]
+
+    zeros = [jnp.zeros((), v.dtype) for v in values]
+    return lax.reduce(values, zeros, add, axes)
+
+
+def _sums(
+    add_up: Callable[..., Sequence[Array]],
+    keep_apart: Callable[..., Sequence[Array]] | None = None,
+) -> Lowering:
+    def sums(*args: Array, kept: tuple[int, ...], copy: int) -> Sequence[Array]:
+        *values, x, _ = args
+        totals = add_up(values, tuple(i for i in range(x.ndim) if i not in kept))
+        return keep_apart(totals, copy) if keep_apart else totals
+
+    return sums
+
+
+def _linear(name: str, shape_of: Callable[..., Any], lowerings: dict[str | None, Lowering]) -> Any:
+    """A primitive, linear in all its arguments but the last two, which only show the shapes."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("kept", "copy")))
+    primitive.def_abstract_eval(lambda *args, **_: [shape_of(*args[-2:])] * (len(args) - 2))
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+        dots = map(ad.instantiate_zeros, tangents[:-2])
+        bind = partial(primitive.bind, **params)
+        return bind(*primals), bind(*dots, *primals[-2:])
+
+    def batch(args: Sequence[Any], dims: Sequence[Any], *, kept: Any, copy: int) -> Any:
+        size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
+        front = [batching.bdim_at_front(a, d, size) for a, d in zip(args, dims, strict=True)]
+        out = primitive.bind(*front, kept=(0, *(k + 1 for k in kept)), copy=copy)
+        return out, [0] * len(out)
+
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+    for platform, lowering in lowerings.items():
+        rule = mlir.lower_fun(lowering, multiple_results=True)
+        mlir.register_lowering(primitive, rule, platform=platform)
+    return primitive
+
+
+def _transpose(primitive: Primitive, transposed: Primitive) -> None:
+    def rule(cotangents: Sequence[Any], *args: Any, **params: Any) -> Any:
+        result: list[Any] = [None] * len(args)
+        asked = [
+            i
+            for i, cotangent in enumerate(cotangents)
+            if ad.is_undefined_primal(args[i]) and type(cotangent) is not ad.Zero
+        ]
+        if asked:
+            found = transposed.bind(*(cotangents[i] for i in asked), *args[-2:], **params)
+            for i, cotangent in zip(asked, found, strict=True):
+                result[i] = cotangent
+        return result
+
+    ad.primitive_transposes[primitive] = rule
+
+
+spread_p = _linear(
+    "spread_over_space",
+    lambda x, origin: x.update(dtype=origin.dtype, weak_type=False),
+    {None: _spread(), "cpu": _spread(_divided), "gpu": _spread(_behind_barrier)},
+)
+sums_p = _linear(
+    "sum_over_space",
+    lambda x, origin: origin,
+    {
+        None: _sums(_each_sum),
+        "cpu": _sums(_each_sum),
+        "gpu": _sums(_one_reduction, _behind_barrier),
+    },
+)
+_transpose(spread_p, sums_p)
+_transpose(sums_p, spread_p)
