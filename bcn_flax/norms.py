@@ -172,7 +172,9 @@ def channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
 def _channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
     channels = m.mean.shape[1]
     pooled = pool_groups(m, learned.scale.shape[1])
-    # Of the group's numbers only these three become as many as there are channels.
+    # All is done with a group's numbers before they become as many as there are channels.
+    if jnp.ndim(m.origin) == 0:
+        return spread(chain(standardize(pooled, epsilon, m.origin), learned), channels)
     f = spread(chain(standardize(pooled, epsilon, pooled.origin), learned), channels)
     return Affine(f.scale, f.scale * (m.origin - spread(pooled.origin, channels)) + f.offset)
 
