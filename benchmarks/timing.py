@@ -16,7 +16,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 HAS_TORCH = find_spec("torch") is not None
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "libtpu", "jax-cuda12-plugin")
 FEWEST_ROUNDS = 5
 SLOW = 0.3  # seconds
 
@@ -135,9 +135,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> str:
+def machine(device: str | None = None) -> str:
     """The device and the versions, for the head of a table."""
-    return ", ".join([device_name(), *map(" ".join, versions().items())])
+    return ", ".join([device or device_name(), *map(" ".join, versions().items())])
 
 
 def command() -> str:
@@ -153,8 +153,19 @@ def shown(cell: str | float) -> str:
     return cell if isinstance(cell, str) else f"{cell:,}"
 
 
+class Device(NamedTuple):
+    """What a table is about, where that is not the device at hand."""
+
+    short: str  # for the names of files
+    name: str
+
+
 def report(
-    name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str | float]]
+    name: str,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str | float]],
+    device: Device | None = None,
 ) -> None:
     """Print a table, and store it as Markdown and JSON under `results/`."""
     table = Table(*header, title=title)
@@ -162,22 +173,27 @@ def report(
         table.add_row(*map(shown, row))
     # A file has room for long lines.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    path = store(name, title, header, rows)
-    print(f"{machine()}\nwritten to {path}.md and .json", flush=True)
+    path = store(name, title, header, rows, device)
+    print(f"{machine(device and device.name)}\nwritten to {path}.md and .json", flush=True)
 
 
 def store(
-    name: str, title: str, header: Sequence[str], rows: Sequence[Sequence[str | float]]
+    name: str,
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str | float]],
+    device: Device | None = None,
 ) -> Path:
     """Store a table, or what there is of it; returns where, but for the suffix."""
+    device = device or Device(jax.default_backend(), device_name())
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}-{jax.default_backend()}"
-    head = f"{title}\n\n`{command()}` on {machine()}\n\n"
+    path = RESULTS / f"{name}-{device.short}"
+    head = f"{title}\n\n`{command()}` on {machine(device.name)}\n\n"
     path.with_suffix(".md").write_text(f"{head}{markdown(header, rows)}\n")
     everything = {
         "title": title,
         "command": command(),
-        "device": device_name(),
+        "device": device.name,
         "versions": versions(),
         "rows": [dict(zip(header, row, strict=True)) for row in rows],
     }

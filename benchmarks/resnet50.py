@@ -1,0 +1,175 @@
+"""A ResNet-50 and its training step: the largest batch that fits an accelerator's memory."""
+
+import targets  # isort: skip  # sets up the environment, so it comes first
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from contenders import FlaxPair
+from flax import linen as nn
+
+from bcn_flax import MOMENTS, BatchChannelNorm, WSConv
+
+Make = Callable[..., nn.Module]
+
+DTYPE = jnp.bfloat16
+SIDE, CLASSES = 224, 1000
+STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, and channels inside of them
+WIDER = 4  # times as many channels leave a block
+KEPT = jax.checkpoint_policies.save_only_these_names(MOMENTS)
+# Two batches, through whose memory goes the line; near the answer, where the layouts are the same.
+BATCHES = {"h100": (128, 256), "v5e": (32, 64)}
+MULTIPLE = {"h100": 8, "v5e": 8}
+
+
+class Unit(nn.Module):
+    """Norm, ReLU, and the next convolution: what is rematerialized together."""
+
+    norm: Make
+    conv: Callable[[], nn.Module]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv()(nn.relu(self.norm()(x)))
+
+
+class Bottleneck(nn.Module):
+    """Convolutions of 1x1, 3x3 and 1x1, each with its norm, and a shortcut past them."""
+
+    channels: int
+    stride: int
+    conv: Make
+    norm: Make
+    unit: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = self.channels * WIDER
+        y = self.conv(self.channels, (1, 1))(x)
+        strided = partial(self.conv, self.channels, (3, 3), strides=self.stride)
+        y = self.unit(self.norm, strided)(y)
+        y = self.unit(self.norm, partial(self.conv, wide, (1, 1)))(y)
+        y = self.norm()(y)
+        if x.shape != y.shape:
+            x = self.norm()(self.conv(wide, (1, 1), strides=self.stride)(x))
+        return nn.relu(x + y)
+
+
+class ResNet50(nn.Module):
+    """He et al., arXiv 1512.03385, with the stride in the 3x3 convolutions."""
+
+    conv: Make
+    norm: Make
+    unit: Any = Unit
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = partial(self.conv, use_bias=False, dtype=DTYPE)
+        x = nn.relu(self.norm()(conv(64, (7, 7), strides=2)(x)))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for stage, (blocks, channels) in enumerate(STAGES):
+            for block in range(blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                x = Bottleneck(channels, stride, conv, self.norm, self.unit)(x)
+        return nn.Dense(CLASSES, dtype=DTYPE)(x.mean((1, 2)))
+
+
+def networks() -> dict[str, nn.Module]:
+    """Those that are compared."""
+    batch_norm = partial(nn.BatchNorm, use_running_average=False, dtype=DTYPE)
+    group_norm = partial(nn.GroupNorm, num_groups=32, dtype=DTYPE)
+    pair = partial(FlaxPair, 32, use_running_average=False, dtype=DTYPE)
+    ours = partial(BatchChannelNorm, use_running_average=False, dtype=DTYPE)
+    return {
+        "Flax BatchNorm": ResNet50(nn.Conv, batch_norm),
+        "Flax GroupNorm": ResNet50(nn.Conv, group_norm),
+        "Flax BatchNorm + GroupNorm": ResNet50(nn.Conv, pair),
+        "BatchChannelNorm": ResNet50(nn.Conv, ours),
+        "BatchChannelNorm, WSConv": ResNet50(WSConv, ours),
+        "BatchChannelNorm, WSConv, rematerialized": ResNet50(
+            WSConv, ours, nn.remat(Unit, policy=KEPT)
+        ),
+    }
+
+
+class State(NamedTuple):
+    """What a step updates."""
+
+    params: Any
+    batch_stats: Any
+    momentum: Any
+
+
+def program(model: nn.Module, target: str, batch: int) -> jax.stages.Compiled:
+    """A training step: gradients of the loss, and SGD with momentum; the state is donated."""
+    optimizer = optax.sgd(0.1, 0.9)
+    images = jax.ShapeDtypeStruct((batch, SIDE, SIDE, 3), DTYPE)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def first(images: jax.Array) -> State:
+        variables = model.init(jax.random.key(0), images)
+        params = variables["params"]
+        return State(params, variables.get("batch_stats", {}), optimizer.init(params))
+
+    def step(state: State, images: jax.Array, labels: jax.Array) -> State:
+        def loss(params: Any) -> Any:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            logits, updates = model.apply(variables, images, mutable=["batch_stats"])
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits.astype(jnp.float32), labels
+            )
+            return losses.mean(), updates.get("batch_stats", {})
+
+        gradient, batch_stats = jax.grad(loss, has_aux=True)(state.params)
+        updates, momentum = optimizer.update(gradient, state.momentum)
+        return State(optax.apply_updates(state.params, updates), batch_stats, momentum)
+
+    state = jax.eval_shape(first, images)
+    where = targets.one_device(target)
+    return targets.compiled(where, step, state, images, labels, donate=[0])
+
+
+def memory(model: nn.Module, target: str, batch: int) -> int | None:
+    """Bytes that a step takes, or None if its compiler says that it does not fit."""
+    try:
+        return targets.all_memory(program(model, target, batch))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            return None
+        raise
+
+
+def fits(target: str, arguments: argparse.Namespace) -> None:
+    """The last table; it is stored as it grows."""
+    limit, multiple = targets.TARGETS[target].memory, MULTIPLE[target]
+    rows: list[list[str | float]] = []
+    low, high = BATCHES[target]
+    base = 0
+    for name, model in networks().items():
+        points = [memory(model, target, batch) for batch in (low, high)]
+        if None in points:
+            print(f"{name}: a batch of {high} does not fit; the line needs smaller ones")
+            continue
+        small, large = map(int, points)
+        per_image = (large - small) / (high - low)
+        batch = int((limit - large) / per_image + high) // multiple * multiple
+        found = memory(model, target, batch)
+        confirmed = "does not fit" if found is None else f"{found / limit:.1%} of the memory"
+        base = base or batch
+        rows.append([name, per_image / 1e6, batch, batch / base, confirmed])
+        print(*rows[-1], flush=True)
+        targets.tabulate(
+            "fits",
+            target,
+            f"The largest batch of a ResNet-50 of which a training step fits into "
+            f"{limit / 2**30:.2f} GiB: {SIDE}x{SIDE} images, bfloat16, float32 parameters, SGD "
+            f"with momentum. It is a multiple of {multiple} on the line through the memory at "
+            f"{low} and {high} images; the last column is what the program of that batch says",
+            ["network", "MB an image", "batch", "times Flax BatchNorm", "compiled at that batch"],
+            rows,
+        )
