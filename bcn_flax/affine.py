@@ -134,7 +134,9 @@ def moments(
     sums = passes.measure(x, widen(x) if wide is None else wide, origin, mask, axis)
     divisor = size if counts is None else jnp.maximum(counts, 1)
     mean, second = (s / divisor for s in checkpoint_name(sums, MOMENTS))
-    return Moments(mean, _around(mean, second), size, origin, counts)
+    # The variance is infinite, and not NaN, where both overflow.
+    square = jnp.minimum(jnp.square(mean), jnp.finfo(mean.dtype).max)
+    return Moments(mean, _not_negative(second - square), size, origin, counts)
 
 
 @partial(jax.jit, static_argnames=("axis_name", "axis_index_groups"))
@@ -252,7 +254,7 @@ def _pool(m: Moments, total: Callable[[Sequence[Array]], list[Array]], number: A
     origin = _constant(*average(m.mean_from_zero))
     deviation = (m.origin - origin) + m.mean
     mean, second = average(deviation, m.var + jnp.square(deviation))
-    return Moments(mean, _around(mean, second), size, origin, counts)
+    return Moments(mean, _not_negative(second - jnp.square(mean)), size, origin, counts)
 
 
 def _constant(near: Array) -> Array:
@@ -264,11 +266,12 @@ def _constant(near: Array) -> Array:
 
 
 def _coarse_grid(x: Array, space: Sequence[int]) -> Array:
-    """Of each channel 1 value in 64 or more, and 4 or more if it has them, evenly spread."""
-    spacing, least = (round(number ** (1 / max(len(space), 1))) for number in (64, 4))
+    """Of each channel about 1 value in 64, evenly spread, and 4 or more in a row."""
+    spacing = round(64 ** (1 / max(len(space), 1)))
     strides = [1] * x.ndim
     for i in space:
         if isinstance(x.shape[i], int):  # and not symbolic, as in an export for any size
+            least = 4 if i == space[-1] else 1
             strides[i] = min(spacing, -(-x.shape[i] // least))
     # Begin in the middle of the first cell: the very edge of an image is often unlike the rest.
     return lax.slice(x, [stride // 2 for stride in strides], x.shape, strides)
@@ -288,12 +291,6 @@ def _inverse_root(values: Array) -> Array:
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     root = _inverse_root(*primals)
     return root, -0.5 * root * (root * (root * tangents[0]))
-
-
-def _around(mean: Array, second: Array) -> Array:
-    """The variance, `E[d^2] - E[d]^2`; infinite, and not NaN, where both overflow."""
-    largest = jnp.finfo(mean.dtype).max
-    return _not_negative(second - jnp.minimum(jnp.square(mean), largest))
 
 
 def _not_negative(var: Array) -> Array:
