@@ -64,11 +64,11 @@ class Moments:
         counts: under a mask, how many of those values count, for each; None is all of them.
     """
 
-    mean: Float[Array, "n *c"]
-    var: Float[Array, "n *c"]
+    mean: Float[Array, "*n c"]
+    var: Float[Array, "*n c"]
     size: Any = 1
-    origin: Float[Array, "n *c"] | Number = 0.0
-    counts: Float[Array, "n *c"] | None = None
+    origin: Float[Array, "*n c"] | Number = 0.0
+    counts: Float[Array, "*n c"] | None = None
 
     @property
     def mean_from_zero(self) -> Array:
@@ -158,7 +158,9 @@ def pool_batch(
             return sums
         return lax.psum(sums, axis_name, axis_index_groups=axis_index_groups)
 
-    devices = 1 if axis_name is None else lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
+    devices = (
+        1 if axis_name is None else lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
+    )
     return _pool(m, total, m.mean.shape[0] * devices)
 
 

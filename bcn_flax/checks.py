@@ -136,7 +136,7 @@ def momentum(value: float | Array) -> None:
         )
 
 
-def epsilon(value: float) -> None:
+def epsilon(value: float | Array) -> None:
     """A positive number keeps the square root away from 0."""
     if not 0 < value < math.inf:
         raise ValueError(

@@ -69,7 +69,9 @@ def measure(
 
 
 @measure.defjvp
-def _(axis: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[object, object]:
+def _(
+    axis: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     @_not_stored
     def tangent(
         x: Array, wide: Array, origin: Array, mask: Array | None, dot: Array
