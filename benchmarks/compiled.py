@@ -107,7 +107,8 @@ def show_kernels(name: str, program: jax.stages.Compiled, setting: Setting) -> N
 
 def layer(target: str, arguments: argparse.Namespace) -> None:
     """The first table."""
-    where, rows = targets.one_device(target), []
+    where = targets.one_device(target)
+    rows: list[list[str | float]] = []
     for shape, dtype in product(arguments.shapes or SHAPES, DTYPES):
         setting = Setting(shape, group_count(shape[-1]), dtype)
         for name, make in NORMS.items():
@@ -159,7 +160,7 @@ def chain(target: str, arguments: argparse.Namespace) -> None:
         **{name: Chain(partial(make, CHAIN), nn.Conv) for name, make in NORMS.items()},
         "BatchChannelNorm, WSConv": Chain(partial(ours, CHAIN), WSConv),
     }
-    rows = []
+    rows: list[list[str | float]] = []
     for name, model in chains.items():
         program = targets.compiled(
             targets.one_device(target), partial(gradients, model), *variables_of(model, CHAIN)

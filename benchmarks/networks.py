@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.sharding import Sharding
@@ -27,10 +27,16 @@ from bcn_flax.training.data import Split
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_cifar
 
-IMAGES, BATCH, CLASSES = 50_000, 128, 10
+BATCH, CLASSES = 128, 10
+IMAGES = BATCH  # in the data set, so that its own size does not count
 LARGE = 2**20  # values, from which on an array is that of an activation
 NETWORKS = {"VGG": "vgg", "ResNet-20": "resnet"}
 OURS, FLAX = "BatchChannelNorm, WSConv", "Flax BatchNorm"
+MEASURES: dict[str, Callable[[jax.stages.Compiled], float]] = {
+    "temporary": targets.temporary_memory,
+    "in use": targets.peak_memory,
+    "moved": targets.bytes_moved,
+}
 
 
 class FlaxBatchNorm(nn.BatchNorm):
@@ -71,9 +77,8 @@ class Step:
         self.state: train_cifar.State = jax.eval_shape(
             partial(train_cifar.first_state, model, optimizer, shape, config.seed)
         )
-        self.data = Split(
-            jax.ShapeDtypeStruct(shape, jnp.uint8), jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-        )
+        data = Split(np.empty(shape, np.uint8), np.empty(shape[:1], np.int32))
+        self.data: Split = jax.eval_shape(lambda: data)
 
     def compiled(self, sharding: Sharding) -> jax.stages.Compiled:
         """Its program; the new state takes the place of the old one."""
@@ -92,9 +97,9 @@ def steps(split: Callable[[Any], Any], sharding: Sharding) -> Iterator[tuple[str
 def networks(target: str, arguments: argparse.Namespace) -> None:
     """The third table."""
     rows: list[list[str | float]] = []
-    base = 1, 1.0
+    base: tuple[float, ...] = ()
     for name, norm, step, program in steps(lambda x: x, targets.one_device(target)):
-        found = targets.temporary_memory(program), targets.bytes_moved(program)
+        found = tuple(measure(program) for measure in MEASURES.values())
         base = found if norm == FLAX else base
         cells = [cell for n, of in zip(found, base, strict=True) for cell in (n / 1e6, n / of)]
         rows.append([name, norm, *cells])
@@ -104,10 +109,11 @@ def networks(target: str, arguments: argparse.Namespace) -> None:
     targets.tabulate(
         "networks",
         target,
-        f"A training step of train_cifar.py, {BATCH} images of 32x32x3, bfloat16: temporary memory "
-        "and what moves through memory, in MB and as times of the same network with Flax's "
-        "BatchNorm and plain convolutions",
-        ["network", "norm", "temporary MB", f"times {FLAX}", "MB moved", f"its times {FLAX}"],
+        f"A training step of train_cifar.py, {BATCH} images of 32x32x3, bfloat16: the memory that "
+        "the program sets apart for temporary arrays, the most that is in use at once beside the "
+        "arguments, and what moves through memory, in MB and as times of the same network with "
+        "Flax's BatchNorm and plain convolutions",
+        ["network", "norm", *(head for name in MEASURES for head in (name, f"{name}, times"))],
         rows,
     )
 

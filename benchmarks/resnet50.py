@@ -151,11 +151,10 @@ def fits(target: str, arguments: argparse.Namespace) -> None:
     low, high = BATCHES[target]
     base = 0
     for name, model in networks().items():
-        points = [memory(model, target, batch) for batch in (low, high)]
-        if None in points:
+        small, large = memory(model, target, low), memory(model, target, high)
+        if small is None or large is None:
             print(f"{name}: a batch of {high} does not fit; the line needs smaller ones")
             continue
-        small, large = map(int, points)
         per_image = (large - small) / (high - low)
         batch = int((limit - large) / per_image + high) // multiple * multiple
         found = memory(model, target, batch)

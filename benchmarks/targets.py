@@ -33,6 +33,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import (
     AxisType,
@@ -116,19 +117,19 @@ def one_device(target: str) -> Sharding:
 
 def all_devices(target: str, *axes: str) -> Sharding:
     """Over all devices, of which the one axis of the mesh is "batch"; without axes, a copy each."""
-    array = topologies.get_topology_desc(**TARGETS[target].topology).devices
-    mesh = Mesh(array, ("batch",), axis_types=(AxisType.Auto,))
+    mesh = Mesh(np.array(devices(target)), ("batch",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def compiled(
     sharding: Sharding, function: Callable[..., Any], *arguments: Any, donate: Sequence[int] = ()
 ) -> jax.stages.Compiled:
-    """The program of a function of arrays (or their shapes and types) that lie where it says."""
+    """The program of a function of arrays, or their shapes and types, all of which lie there."""
     placed = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
     )
-    return jax.jit(function, donate_argnums=donate).lower(*placed).compile()
+    jitted = jax.jit(function, donate_argnums=donate, out_shardings=sharding)
+    return jitted.lower(*placed).compile()
 
 
 def bytes_moved(program: jax.stages.Compiled) -> float:
@@ -146,6 +147,12 @@ def temporary_memory(program: jax.stages.Compiled) -> int:
     """Bytes beside arguments and outputs."""
     memory: Any = program.memory_analysis()
     return memory.temp_size_in_bytes
+
+
+def peak_memory(program: jax.stages.Compiled) -> int:
+    """Bytes beside arguments that are in use at once, wherever in memory they lie."""
+    memory: Any = program.memory_analysis()
+    return memory.peak_memory_in_bytes - memory.argument_size_in_bytes
 
 
 def all_memory(program: jax.stages.Compiled) -> int:
