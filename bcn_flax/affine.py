@@ -8,7 +8,7 @@ stack of normalizations reads `x` once to measure it and once to write the resul
     m = moments(x)                                             # one pass over x
     f = standardize(pool_batch(m), epsilon, m.origin)          # batch norm
     g = standardize(pool_groups(push(f, m), groups), epsilon)  # a group norm of what f would give
-    y = apply(chain(f, spread(g, c)), x, origin=m.origin)      # one pass over x
+    y = apply(chain(f, spread(g, m.mean)), x, origin=m.origin)      # one pass over x
 
 Three laws carry this. The law of total variance pools moments, `push` knows the moments of `f(x)`
 without computing `f(x)`, and `chain` is associative.
@@ -29,6 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
@@ -170,7 +172,9 @@ def pool_groups(m: Moments, num_groups: int) -> Moments:
     n, channels = m.mean.shape
 
     def split(values: Array) -> Array:
-        return jnp.reshape(values, (n, num_groups, -1)) if jnp.ndim(values) else values
+        if jnp.ndim(values) == 0:
+            return values
+        return jnp.reshape(_groups_whole(values, num_groups), (n, num_groups, -1))
 
     def total(values: Sequence[Array]) -> list[Array]:
         return [jnp.sum(v, axis=-1, keepdims=True) for v in values]
@@ -202,9 +206,23 @@ def chain(f: Affine, g: Affine) -> Affine:
     return Affine(g.scale * f.scale, g.scale * f.offset + g.offset)
 
 
-def spread(of_groups: PerChannel, channels: int) -> PerChannel:
-    """One for each group, `(n, groups)`, as one for each channel, `(n, channels)`."""
-    return jax.tree.map(lambda v: jnp.repeat(v, channels // v.shape[1], axis=1), of_groups)
+def spread(of_groups: PerChannel, of_channels: Float[Array, "n c"]) -> PerChannel:
+    """One for each group, `(n, groups)`, as one for each channel, like `of_channels`."""
+    channels = of_channels.shape[1]
+
+    def repeat(values: Array) -> Array:
+        n, groups = values.shape
+        each = lax.broadcast_in_dim(values, (n, groups, channels // groups), (0, 1))
+        explicit = _explicit_sharding(of_channels)
+        if explicit is None:
+            return each.reshape(n, channels)
+        # On a mesh with explicit axes JAX asks how the result is to be laid out.
+        alike = lax.reshape(
+            each, (n, channels), out_sharding=_explicit_sharding(values) or P(None, None)
+        )
+        return jax.sharding.reshard(alike, explicit)
+
+    return jax.tree.map(repeat, of_groups)
 
 
 @partial(jax.jit, static_argnames=("axis", "dtype"))
@@ -259,6 +277,23 @@ def _pool(m: Moments, total: Callable[[Sequence[Array]], list[Array]], number: A
     return Moments(mean, _not_negative(second - jnp.square(mean)), size, origin, counts)
 
 
+def _explicit_sharding(values: Array) -> NamedSharding | None:
+    """How the values are laid out over the explicit axes of a mesh, if over any."""
+    sharding = jax.typeof(values).sharding
+    return sharding if any(axis is not None for axis in sharding.spec) else None
+
+
+def _groups_whole(values: Float[Array, "n c"], num_groups: int) -> Float[Array, "n c"]:
+    """The same, laid out so that no group lies on several devices."""
+    explicit = _explicit_sharding(values)
+    if explicit is None:
+        return values
+    devices = values.shape[1] // explicit.shard_shape(values.shape)[1]
+    if num_groups % devices == 0:
+        return values
+    return jax.sharding.reshard(values, P(explicit.spec[0], None))
+
+
 def _constant(near: Array) -> Array:
     """An origin near `near`: finite, and without derivative."""
     # One value that is not finite must not take those around it along. The choice also keeps the
@@ -272,7 +307,8 @@ def _coarse_grid(x: Array, space: Sequence[int]) -> Array:
     spacing = round(64 ** (1 / max(len(space), 1)))
     strides = [1] * x.ndim
     for i in space:
-        if isinstance(x.shape[i], int):  # and not symbolic, as in an export for any size
+        # Not a symbolic size, as in an export for any, nor one that lies on several devices.
+        if isinstance(x.shape[i], int) and jax.typeof(x).sharding.spec[i] is None:
             least = 4 if i == space[-1] else 1
             strides[i] = min(spacing, -(-x.shape[i] // least))
     # Begin in the middle of the first cell: the very edge of an image is often unlike the rest.

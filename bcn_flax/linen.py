@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from bcn_flax import checks, convolution, norms
 from bcn_flax.affine import Affine, Moments, chain, push
 from bcn_flax.norms import RunningVariance
+from bcn_flax.passes import promote
 from bcn_flax.weight_standardization import Standardization, standardize_kernel
 
 
@@ -114,7 +115,7 @@ class BatchNorm(_WithRunningAverages):
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
         """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
         channels = m.mean.shape[1]
-        dtype = jnp.promote_types(self.param_dtype, jnp.float32)
+        dtype = promote(self.param_dtype, jnp.float32)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), dtype)
         var = self.variable("batch_stats", "var", jnp.ones, (channels,), dtype)
         initializing = self.is_initializing()

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float
 from bcn_flax import checks, convolution, norms
 from bcn_flax.affine import Affine, Moments, chain, push
 from bcn_flax.norms import RunningVariance
+from bcn_flax.passes import promote
 from bcn_flax.weight_standardization import Standardization, standardize_kernel
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -159,7 +160,7 @@ class BatchNorm(_WithRunningAverages):
         self.axis_index_groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
         self.running_variance = running_variance
         self.update_stats = update_stats
-        shape, stats_dtype = (num_features,), jnp.promote_types(param_dtype, jnp.float32)
+        shape, stats_dtype = (num_features,), promote(param_dtype, jnp.float32)
         self.mean = nnx.BatchStat(jnp.zeros(shape, stats_dtype))
         self.var = nnx.BatchStat(jnp.ones(shape, stats_dtype))
         self.scale = _parameter(use_scale, scale_init, shape, param_dtype, scale_metadata, rngs)

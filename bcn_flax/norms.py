@@ -27,7 +27,7 @@ from bcn_flax.affine import (
     spread,
     standardize,
 )
-from bcn_flax.passes import widen
+from bcn_flax.passes import promote, widen
 
 RunningVariance = Literal["biased", "unbiased", "around_running_mean"]
 
@@ -67,7 +67,7 @@ def result_dtype(layer: Layer, dtype: DTypeLike) -> DTypeLike:
     if layer.dtype is not None:
         return layer.dtype
     learns = layer.use_scale or layer.use_bias
-    return jnp.promote_types(dtype, layer.param_dtype) if learns else dtype
+    return promote(dtype, layer.param_dtype) if learns else dtype
 
 
 def update_flag(evaluate: bool, attribute: bool | None, argument: bool | None) -> bool:
@@ -79,8 +79,8 @@ def update_flag(evaluate: bool, attribute: bool | None, argument: bool | None) -
 def learned(scale: Array | None, bias: Array | None, size: int, dtype: DTypeLike) -> Affine:
     """The learned scale and bias, `(size,)`, as a map `(1, size)`; 1 and 0 where there is none."""
     return Affine(
-        jnp.ones((1, size), dtype) if scale is None else scale[None],
-        jnp.zeros((1, size), dtype) if bias is None else bias[None],
+        widen(jnp.ones((1, size), dtype) if scale is None else scale[None]),
+        widen(jnp.zeros((1, size), dtype) if bias is None else bias[None]),
     )
 
 
@@ -170,13 +170,12 @@ def channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
 
 @jax.jit
 def _channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
-    channels = m.mean.shape[1]
     pooled = pool_groups(m, learned.scale.shape[1])
     # All is done with a group's numbers before they become as many as there are channels.
     if jnp.ndim(m.origin) == 0:
-        return spread(chain(standardize(pooled, epsilon, m.origin), learned), channels)
-    f = spread(chain(standardize(pooled, epsilon, pooled.origin), learned), channels)
-    return Affine(f.scale, f.scale * (m.origin - spread(pooled.origin, channels)) + f.offset)
+        return spread(chain(standardize(pooled, epsilon, m.origin), learned), m.mean)
+    f = spread(chain(standardize(pooled, epsilon, pooled.origin), learned), m.mean)
+    return Affine(f.scale, f.scale * (m.origin - spread(pooled.origin, m.mean)) + f.offset)
 
 
 def moving_average(

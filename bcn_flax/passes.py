@@ -1,16 +1,17 @@
 """The two passes over an activation: one measures it, one maps it.
 
 All other arithmetic of a layer is of small numbers, `(n, c)`, so these two decide what it moves
-through memory. Both see the activation as its deviations from an origin. Those are in float32 or
-wider, but never stored: they are computed from the activation as it came wherever they are needed.
-So a pass, and its derivative, reads and writes the activation's own type, and what it keeps for the
-backward pass is the activation itself and small numbers.
+through memory. Both see the activation as its deviations from an origin, which are float32 or wider
+and never stored: they are computed from the activation, as it came, wherever they are needed.
 
-Each has one derivative rule: a linear function that is computed again, and not stored, when it is
-transposed for the backward pass. JAX makes every other derivative out of it.
+Each pass has one derivative rule, a linear function. It is not stored either, but computed again
+for the backward pass: so what is kept for it is the activation as it came, and small numbers. JAX
+makes every other derivative out of these rules. The derivative of the input goes to `wide`, which
+is the input in float32: there the gradients of both passes add up before they are rounded, once, to
+the type of the input. The values of `wide` are not used, and so it is never stored.
 """
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -22,30 +23,20 @@ from bcn_flax.space import spread, sums
 Activation = Float[Array, "n *space c"]
 PerChannel = Float[Array, "n c"]
 
-# Nothing is saved, so the compiler may share with the forward pass what it likes.
+# What JAX prevents otherwise, that the compiler finds the same computation in the forward pass,
+# would keep it from computing deviations where they are used.
 _not_stored = partial(jax.checkpoint, prevent_cse=False)
+
+
+def promote(*dtypes: DTypeLike) -> DTypeLike:
+    """The type that holds all of these, however strict JAX is told to be about mixing them."""
+    with jax.numpy_dtype_promotion("standard"):
+        return reduce(jnp.promote_types, dtypes)
 
 
 def widen(x: Array) -> Array:
     """`x` in float32, or as it is where it is already as wide: the precision of all arithmetic."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-@jax.custom_jvp
-def deviations(x: Activation, wide: Activation, origin: Activation) -> Activation:
-    """`widen(x) - origin`, of which the derivative goes to `wide`, which is `widen(x)`.
-
-    So the gradients of all uses of `x` add up in full precision, in `wide`, and are rounded once,
-    to the type of `x`; while the value of `wide` is never needed. The origin is a constant.
-    """
-    return widen(x) - origin
-
-
-@deviations.defjvp
-def _(
-    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
-) -> tuple[Array, Array]:
-    return deviations(*primals), tangents[1]
+    return x.astype(promote(x.dtype, jnp.float32))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(4,))
@@ -56,12 +47,12 @@ def measure(
 
     Args:
         x: the activation, in its own type.
-        wide: `widen(x)`, for the derivative.
+        wide: `widen(x)`, which has the derivative.
         origin: one for each channel of each sample.
         mask: of the shape of `x`, true where a value counts.
         axis: the channel axis.
     """
-    d, e = (deviations(x, wide, *spread([origin], x, origin, axis, copy)) for copy in (0, 1))
+    d, e = (widen(x) - o for copy in (0, 1) for o in spread([origin], x, origin, axis, copy))
     return (
         sums(_counted(d, mask), x, origin, axis),
         sums(_counted(jnp.square(e), mask), x, origin, axis),
@@ -73,16 +64,16 @@ def _(
     axis: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     @_not_stored
-    def tangent(
-        x: Array, wide: Array, origin: Array, mask: Array | None, dot: Array
-    ) -> tuple[Array, Array]:
-        d = deviations(x, wide, *spread([origin], x, origin, axis, 2))
+    def tangent(x: Array, origin: Array, mask: Array | None, dot: Array) -> tuple[Array, Array]:
+        (o,) = spread([origin], x, origin, axis, 2)
+        d = widen(x) - o
         return (
             sums(_counted(dot, mask), x, origin, axis),
             2 * sums(_counted(d * dot, mask), x, origin, axis),
         )
 
-    return measure(*primals, axis), tangent(*primals, tangents[1])
+    x, _, origin, mask = primals
+    return measure(*primals, axis), tangent(x, origin, mask, tangents[1])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5, 6))
@@ -97,7 +88,7 @@ def write(
 ) -> Activation:
     """`scale * (x - origin) + offset`, rounded once, to `dtype`; arguments as of `measure`."""
     scale, offset, o = spread([scale, offset, origin], x, origin, axis, 3)
-    return (scale * deviations(x, wide, o) + offset).astype(dtype)
+    return (scale * (widen(x) - o) + offset).astype(dtype)
 
 
 @write.defjvp
@@ -106,15 +97,15 @@ def _(
 ) -> tuple[Array, Array]:
     @_not_stored
     def tangent(
-        scale: Array, x: Array, wide: Array, origin: Array, dots: tuple[Array, Array, Array]
+        scale: Array, x: Array, origin: Array, dscale: Array, doffset: Array, dot: Array
     ) -> Array:
         scale, o = spread([scale, origin], x, origin, axis, 4)
-        dscale, doffset = spread(dots[:2], x, origin, axis)
-        return (scale * dots[2] + dscale * deviations(x, wide, o) + doffset).astype(dtype)
+        dscale, doffset = spread([dscale, doffset], x, origin, axis)
+        return (scale * dot + dscale * (widen(x) - o) + doffset).astype(dtype)
 
-    scale, _, x, wide, origin = primals
+    scale, _, x, _, origin = primals
     dscale, doffset, _, dot, _ = tangents
-    return write(*primals, axis, dtype), tangent(scale, x, wide, origin, (dscale, doffset, dot))
+    return write(*primals, axis, dtype), tangent(scale, x, origin, dscale, doffset, dot)
 
 
 def _counted(values: Array, mask: Array | None) -> Array:
