@@ -13,10 +13,14 @@ temporary memory, and no times: those want a device. They are
   the passes are two programs it is 8, because x is read once more for y;
 - chain: convolution, norm and ReLU, three times, where the compiler joins a norm's passes with what
   is before and after it;
-- networks: the step of `train_cifar.py`, on one device, and for a TPU on four that share a batch;
-- fits: the largest batch of a ResNet-50. It takes an hour or so.
+- networks: the step of `train_cifar.py`;
+- sharded: the same step on four chips of a TPU that share a batch: what they exchange;
+- fits: the largest batch of a ResNet-50.
 
-On a TPU a channel axis is filled up to 128, so that 64 channels take twice their bytes.
+All of it takes half an hour on 2 cores, most of it the TPU's compiler.
+
+On a TPU a channel axis is filled up to 128, so that 64 channels take twice their bytes, and a layer
+alone is copied into the layout that the compiler wants and back: see the chain.
 """
 
 import targets  # isort: skip  # sets up the environment, so it comes first
@@ -58,6 +62,10 @@ SHAPES = ((2, 200, 304, 256), (32, 32, 32, 64), (16, 56, 56, 256), (64, 4, 4, 51
 DTYPES = ("float32", "bfloat16")
 CHAIN = Setting((16, 56, 56, 256), 32, "bfloat16")
 BLOCKS = 3
+LAYOUTS = {
+    "v5e": ". Here copies of x, dy, y and dx into and out of the layout that the compiler wants "
+    "are counted as well, and 64 channels are filled up to 128"
+}
 
 
 def variables_of(model: nn.Module, setting: Setting) -> tuple[Any, Any, jax.ShapeDtypeStruct]:
@@ -129,7 +137,8 @@ def layer(target: str, arguments: argparse.Namespace) -> None:
         target,
         "What a normalization layer in training moves through memory, in sizes of x in its own "
         "dtype. With forward and backward in one program no layer can do with less than 7 (x; x "
-        "and dy for y and the sums; x and dy for dx; y and dx written), in two with 8",
+        "and dy for y and the sums; x and dy for dx; y and dx written), in two with 8"
+        + LAYOUTS.get(target, ""),
         ["shape", "dtype", "layer", "forward", "kernels", "forward + backward", "its kernels"],
         rows,
     )
@@ -211,6 +220,9 @@ def main() -> None:
         "--kernels",
         action="store_true",
         help="print what each kernel of a layer or a chain reads and writes",
+    )
+    parser.add_argument(
+        "--confirm", action="store_true", help="compile the ResNet-50 at the batch that was found"
     )
     arguments = parser.parse_args()
     for name, target in product(arguments.only, arguments.target):
