@@ -29,13 +29,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from bcn_flax import passes
 from bcn_flax.passes import widen
+from bcn_flax.space import explicit_sharding, placed_like
 
 Number = float | Float[Array, ""]
 """A number, traced or not."""
@@ -213,14 +213,8 @@ def spread(of_groups: PerChannel, of_channels: Float[Array, "n c"]) -> PerChanne
     def repeat(values: Array) -> Array:
         n, groups = values.shape
         each = lax.broadcast_in_dim(values, (n, groups, channels // groups), (0, 1))
-        explicit = _explicit_sharding(of_channels)
-        if explicit is None:
-            return each.reshape(n, channels)
-        # On a mesh with explicit axes JAX asks how the result is to be laid out.
-        alike = lax.reshape(
-            each, (n, channels), out_sharding=_explicit_sharding(values) or P(None, None)
-        )
-        return jax.sharding.reshard(alike, explicit)
+        sharding = explicit_sharding(values)
+        return placed_like(lax.reshape(each, (n, channels), out_sharding=sharding), of_channels)
 
     return jax.tree.map(repeat, of_groups)
 
@@ -277,15 +271,9 @@ def _pool(m: Moments, total: Callable[[Sequence[Array]], list[Array]], number: A
     return Moments(mean, _not_negative(second - jnp.square(mean)), size, origin, counts)
 
 
-def _explicit_sharding(values: Array) -> NamedSharding | None:
-    """How the values are laid out over the explicit axes of a mesh, if over any."""
-    sharding = jax.typeof(values).sharding
-    return sharding if any(axis is not None for axis in sharding.spec) else None
-
-
 def _groups_whole(values: Float[Array, "n c"], num_groups: int) -> Float[Array, "n c"]:
     """The same, laid out so that no group lies on several devices."""
-    explicit = _explicit_sharding(values)
+    explicit = explicit_sharding(values)
     if explicit is None:
         return values
     devices = values.shape[1] // explicit.shard_shape(values.shape)[1]

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 
@@ -55,6 +56,18 @@ def sums(
     """Sum over all axes of `x` but those of samples and channels; arguments as of `spread`."""
     (total,) = sums_p.bind(values, x, origin, kept=(0, axis % x.ndim), copy=0)
     return total
+
+
+def explicit_sharding(values: Array) -> NamedSharding | None:
+    """How an array lies on a mesh with explicit axes, if on any."""
+    sharding = jax.typeof(values).sharding
+    return sharding if any(axis is not None for axis in sharding.spec) else None
+
+
+def placed_like(values: Array, like: Array) -> Array:
+    """`values`, on the devices where `like` lies: they are not moved on other meshes."""
+    sharding = explicit_sharding(like)
+    return values if sharding is None else jax.sharding.reshard(values, sharding)
 
 
 Lowering = Callable[..., Sequence[Array]]

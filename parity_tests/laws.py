@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import bcn_flax.linen
 import bcn_flax.nnx
-from bcn_flax import Standardization
+from bcn_flax import Standardization, standardize_kernel
 from parity_tests.tolerances import assert_close
 
 N, C, GROUPS = 8, 6, 2  # groups of 3 channels: neither number passes for the other
@@ -387,6 +387,14 @@ def constants_far_from_0_leave_all_finite(case):
     assert_finite(observe(case._replace(x=np.broadcast_to(far, SHAPE))))
 
 
+def values_whose_squares_overflow_come_out_as_the_bias(case):
+    """The variance is infinite then; in float64 as well, if they are large enough."""
+    huge = 1e160 * np.random.default_rng(0).normal(size=SHAPE)
+    seen, bias = observe(case._replace(x=huge)), case.variables["params"]["bias"]
+    assert_same(seen.output, np.broadcast_to(np.repeat(bias, C // len(bias)), SHAPE))
+    assert_finite(seen)
+
+
 def a_mask_that_hides_nothing_changes_nothing(case):
     assert_same(observe(case._replace(mask=np.ones(SHAPE, bool))), observe(case))
 
@@ -398,6 +406,20 @@ def what_a_mask_hides_might_as_well_not_be_there(case):
     of_the_kept = seen._replace(output=output, input_gradient=input_gradient)
     assert_same(of_the_kept, observe(case.part(kept)))
     assert_identical(seen.input_gradient[hidden], np.zeros_like(input_gradient))
+
+
+def what_a_mask_hides_may_be_huge(case):
+    """It takes no digits from what counts."""
+    kept, hidden = HALVES
+    small, huge = hiding(case, hidden), hiding(case, hidden, 1e100)
+    small, huge = (observe(case) for case in (small, huge))
+    shown = [seen._replace(output=seen.output[kept]) for seen in (huge, small)]
+    assert_same(*shown)
+
+
+def the_unbiased_variance_counts_what_a_mask_leaves(case):
+    unbiased = case.layer.made_with(running_variance="unbiased")
+    what_a_mask_hides_might_as_well_not_be_there(case.of(unbiased))
 
 
 def what_a_mask_hides_is_normalized_all_the_same(case):
@@ -429,10 +451,10 @@ def a_batch_twice_over_counts_as_one(case):
     assert_same(observe(once._replace(x=twice(once.x), dy=twice(once.dy))), expected)
 
 
-def hiding(case, samples):
+def hiding(case, samples, value=np.nan):
     """With NaN in some samples, behind a mask; their output does not matter."""
     mask, x, dy = np.ones(SHAPE, bool), case.x.copy(), case.dy.copy()
-    mask[samples], x[samples], dy[samples] = False, np.nan, 0
+    mask[samples], x[samples], dy[samples] = False, value, 0
     return case._replace(x=x, dy=dy, mask=mask)
 
 
@@ -556,6 +578,11 @@ def a_channel_norm_follows_a_batch_norm(case):
     assert_same(observe(case), expected)
 
 
+def under_a_mask_too_a_channel_norm_follows_a_batch_norm(case):
+    """Which counts what it counts, more of some channels than of others."""
+    a_channel_norm_follows_a_batch_norm(some_hidden(case))
+
+
 def a_channel_norm_is_a_group_norm_with_one_scale_and_bias_for_a_group(case):
     group_norm = Linen(nn.GroupNorm, FrozenDict(GROUPED)).made_with(
         use_fast_variance=False, param_dtype=jnp.float64
@@ -568,7 +595,7 @@ def a_channel_norm_is_a_group_norm_with_one_scale_and_bias_for_a_group(case):
 
 def part_of(case, part, name):
     variables = {kind: tree[part] for kind, tree in case.variables.items() if part in tree}
-    return Case(LAYERS[name], variables, case.x, case.dy)
+    return case.of(LAYERS[name])._replace(variables=variables)
 
 
 # --- Precision ------------------------------------------------------------------------------------
@@ -601,6 +628,19 @@ def weights_are_standardized_before_they_are_rounded(case):
     y, _ = output_and_statistics(narrow)
     shifted, _ = output_and_statistics(with_kernel(narrow, lambda kernel: kernel + 64))
     assert_close(shifted, y, ulps=8, dtype=jnp.bfloat16)
+
+
+def gradients_of_weights_in_half_precision_are_rounded_once(case):
+    half = ml_dtypes.bfloat16
+    kernel = case.variables["params"]["kernel"].astype(half)
+    dy = random_like(kernel).astype(half)
+
+    def gradient(kernel):
+        return jax.grad(lambda w: jnp.sum(standardize_kernel(w).astype(half) * dy))(kernel)
+
+    actual, expected = (np.asarray(gradient(jnp.asarray(k))) for k in (kernel, np.float32(kernel)))
+    assert actual.dtype == half, actual.dtype
+    assert_close(actual, expected, ulps=64, dtype=np.float32, stored=half)
 
 
 def in_float32(case):
@@ -735,6 +775,10 @@ def the_parts_of_a_vmap_are_pooled(case):
     assert_same(observe(case.of(over_vmap(case.layer))), by_each_part(observe(case)))
 
 
+def a_vmap_may_run_along_any_axis(case):
+    assert_same(observe(case.of(over_vmap(case.layer, -1))), by_each_part(observe(case)))
+
+
 def devices_are_pooled(case):
     assert_same(observe(case.of(over_devices(case.layer))), by_each_part(observe(case)))
 
@@ -759,13 +803,16 @@ def mesh():
     return Mesh(np.array(jax.devices()[:DEVICES]), (AXIS,))
 
 
-def over_vmap(layer):
+def over_vmap(layer, axis=0):
     """The batch in parts, along an axis of `vmap`; statistics come out once for each."""
     layer = layer.made_with(axis_name=AXIS)
 
+    def part(a):
+        return jnp.moveaxis(a.reshape(DEVICES, -1, *a.shape[1:]), 0, axis)
+
     def forward(variables, x, mask):
-        parts = jax.tree.map(lambda a: a.reshape(DEVICES, -1, *a.shape[1:]), (x, mask))
-        y, statistics = jax.vmap(layer, in_axes=(None, 0, 0), axis_name=AXIS)(variables, *parts)
+        over_parts = jax.vmap(layer, in_axes=(None, axis, axis), axis_name=AXIS)
+        y, statistics = over_parts(variables, *jax.tree.map(part, (x, mask)))
         return y.reshape(x.shape), statistics
 
     return forward
@@ -819,8 +866,11 @@ TABLE = {
     shifting_a_sample_changes_nothing: CHANNEL_NORM,
     a_constant_comes_out_as_the_bias: only("BatchNorm", "ChannelNorm"),
     constants_far_from_0_leave_all_finite: only("BatchNorm", "EstimatedBatchNorm"),
+    values_whose_squares_overflow_come_out_as_the_bias: only("BatchNorm", "ChannelNorm"),
     a_mask_that_hides_nothing_changes_nothing: {**SOME, **CHANNEL_NORM},
     what_a_mask_hides_might_as_well_not_be_there: {**SOME, **CHANNEL_NORM},
+    what_a_mask_hides_may_be_huge: only("BatchNorm", "ChannelNorm"),
+    the_unbiased_variance_counts_what_a_mask_leaves: only("BatchNorm"),
     what_a_mask_hides_is_normalized_all_the_same: {**SOME, **CHANNEL_NORM},
     nothing_moves_where_nothing_counts: {**SOME, **CHANNEL_NORM},
     a_batch_twice_over_counts_as_one: SOME,
@@ -836,11 +886,13 @@ TABLE = {
     a_sample_has_no_gradient_from_the_others: {**IN_EVALUATION, **BY_ESTIMATES, **KERNELS},
     gradients_of_micro_batches_add_up: {**only("BatchChannelNorm in evaluation"), **CHANNEL_NORM},
     a_channel_norm_follows_a_batch_norm: BATCH_CHANNEL_NORMS,
+    under_a_mask_too_a_channel_norm_follows_a_batch_norm: TWO,
     a_channel_norm_is_a_group_norm_with_one_scale_and_bias_for_a_group: CHANNEL_NORM,
     half_precision_is_widened_first_and_rounded_last: only(
         "BatchChannelNorm", "BatchChannelNorm in evaluation"
     ),
     gradients_in_half_precision_are_rounded_once: only("BatchChannelNorm of the batch"),
+    gradients_of_weights_in_half_precision_are_rounded_once: only("WSDense"),
     weights_are_standardized_before_they_are_rounded: KERNELS,
     shifting_the_weights_of_an_output_changes_nothing: KERNELS,
     constant_weights_leave_the_bias: KERNELS,
@@ -860,6 +912,7 @@ TABLE = {
     rematerializing_changes_nothing: only("BatchChannelNorm"),
     a_sharded_batch_is_pooled_whole: TWO,
     the_parts_of_a_vmap_are_pooled: TWO,
+    a_vmap_may_run_along_any_axis: only("BatchNorm"),
     devices_are_pooled: only("BatchNorm"),
     devices_weigh_by_what_counts_there: TWO,
     groups_of_devices_pool_among_themselves: TWO,

@@ -29,7 +29,12 @@ for package in "libtpu", "jax_cuda12_plugin":
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import targets  # noqa: E402
 
-LARGE, WIDE, MIDDLE, SMALL = (2, 200, 304, 256), (32, 32, 32, 64), (16, 56, 56, 256), (64, 4, 4, 512)
+LARGE, WIDE, MIDDLE, SMALL = (
+    (2, 200, 304, 256),
+    (32, 32, 32, 64),
+    (16, 56, 56, 256),
+    (64, 4, 4, 512),
+)
 LAYERS = {
     "BCN": partial(BatchChannelNorm, use_running_average=False),
     "BCN without estimate": partial(BatchChannelNorm, use_running_average=False, estimate=False),
