@@ -1,4 +1,9 @@
-"""The step of `train_cifar.py`, compiled for an accelerator: memory, traffic, and collectives."""
+"""The step of `train_cifar.py`, compiled for an accelerator: memory, traffic, and collectives.
+
+A v5e has 128 MiB of memory beside its cores. Most activations of these networks fit into it, and
+the temporary memory is what the compiler moves out of it: that differs much between two programs
+that keep the same arrays. What is in use at once tells more there.
+"""
 
 import targets  # isort: skip  # sets up the environment, so it comes first
 

@@ -235,7 +235,11 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def kernels(program: jax.stages.Compiled) -> list[Kernel]:
-    """What each kernel of a program reads and writes, whole operands unless it slices them."""
+    """What each kernel of a program reads and writes, whole operands unless it slices them.
+
+    Those are the instructions of the entry computation that do something; on a TPU a copy between
+    its memories is one of them.
+    """
     found, entry = computations(program.as_text() or "")
     return list(_kernels(found, entry))
 
