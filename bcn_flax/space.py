@@ -73,20 +73,21 @@ def placed_like(values: Array, like: Array) -> Array:
 Lowering = Callable[..., Sequence[Array]]
 
 
-def _divided(values: Sequence[Array], copy: int) -> list[Array]:
+def _divided(values: Sequence[Array], origin: Array, copy: int) -> list[Array]:
     # True for NaN too. The number is what makes it another computation than that of another copy.
-    return [v / ((v == v) | (v != copy)).astype(v.dtype) for v in values]
+    one = ((origin == origin) | (origin != copy)).astype(origin.dtype)
+    return [v / one for v in values]
 
 
-def _behind_barrier(values: Sequence[Array], copy: int) -> Sequence[Array]:
+def _behind_barrier(values: Sequence[Array], origin: Array, copy: int) -> Sequence[Array]:
     *behind, _ = lax.optimization_barrier((*values, jnp.asarray(copy)))
     return behind
 
 
 def _spread(keep_apart: Callable[..., Sequence[Array]] | None = None) -> Lowering:
     def spread(*args: Array, kept: tuple[int, ...], copy: int) -> list[Array]:
-        *values, x, _ = args
-        apart = keep_apart(values, copy) if keep_apart else values
+        *values, x, origin = args
+        apart = keep_apart(values, origin, copy) if keep_apart else values
         return [lax.broadcast_in_dim(v, x.shape, kept) for v in apart]
 
     return spread
@@ -109,9 +110,9 @@ def _sums(
     keep_apart: Callable[..., Sequence[Array]] | None = None,
 ) -> Lowering:
     def sums(*args: Array, kept: tuple[int, ...], copy: int) -> Sequence[Array]:
-        *values, x, _ = args
+        *values, x, origin = args
         totals = add_up(values, tuple(i for i in range(x.ndim) if i not in kept))
-        return keep_apart(totals, copy) if keep_apart else totals
+        return keep_apart(totals, origin, copy) if keep_apart else totals
 
     return sums
 
@@ -169,7 +170,7 @@ sums_p = _linear(
     lambda x, origin: origin,
     {
         None: _sums(_each_sum),
-        "cpu": _sums(_each_sum),
+        "cpu": _sums(_each_sum, _divided),
         "gpu": _sums(_one_reduction, _behind_barrier),
     },
 )
