@@ -28,7 +28,7 @@ from bcn_flax.affine import (
     standardize,
 )
 from bcn_flax.passes import promote, widen
-from bcn_flax.space import placed_like
+from bcn_flax.space import once, placed_like
 
 RunningVariance = Literal["biased", "unbiased", "around_running_mean"]
 
@@ -228,10 +228,11 @@ def _moving_average(
     usable = jnp.isfinite(mean) & jnp.isfinite(var)
     if batch.counts is not None:
         usable &= batch.counts > 0
-    return Moments(
+    mean, var = once(
         jnp.where(usable, mean, placed_like(running.mean, mean)),
         jnp.where(usable, var, placed_like(running.var, var)),
     )
+    return Moments(mean, var)
 
 
 def unbiased(m: Moments) -> Array:

@@ -58,6 +58,14 @@ def sums(
     return total
 
 
+def once(*constants: Float[Array, "*shape"]) -> list[Float[Array, "*shape"]]:
+    """Numbers of one shape, without derivative, computed once for all who use them."""
+    fixed = [lax.stop_gradient(v) for v in constants]
+    kept = tuple(range(fixed[0].ndim))
+    same: list[Array] = spread_p.bind(*fixed, fixed[0], fixed[0], kept=kept, copy=0)
+    return same
+
+
 def explicit_sharding(values: Array) -> NamedSharding | None:
     """How an array lies on a mesh with explicit axes, if on any."""
     sharding = jax.typeof(values).sharding
