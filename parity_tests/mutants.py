@@ -216,7 +216,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "jnp.where(jnp.isfinite(near), near, 0)",
         "near",
         "A value that is not finite takes all others of its channel along.",
-        hint="data=one NaN",
+        hint="a value that is not finite is the only one",
     ),
     Mutant(
         "variance-not-clamped",
@@ -572,7 +572,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "sums(_counted(dot, mask), x, origin, axis)",
         "sums(dot, x, origin, axis)",
         "What the mask hides has no part in the mean, but gets its gradient.",
-        hint="BatchNorm: what a mask hides might",
+        hint="what a mask hides may be huge",
     ),
     Mutant(
         "squares-pushed-forward-without-the-mask",
@@ -580,7 +580,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "_counted(d * dot, mask)",
         "d * dot",
         "What the mask hides has no part in the variance, but gets its gradient.",
-        hint="BatchNorm: what a mask hides might",
+        hint="what a mask hides may be huge",
     ),
     Mutant(
         "sums-give-their-gradient-to-the-rounded",
@@ -670,9 +670,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "one-that-is-0",
         SPACE,
-        "v / ((v == v) | (v != copy)).astype(v.dtype)",
-        "v / (v != copy).astype(v.dtype)",
-        "Numbers that happen to be the number of their copy are divided by 0.",
+        "((origin == origin) | (origin != copy))",
+        "(origin != copy)",
+        "Where the origin happens to be the number of the copy, numbers are divided by 0.",
         hint="BatchNorm: nothing moves where nothing counts",
     ),
     Mutant(
@@ -860,7 +860,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "m = Moments(widen(m.mean), widen(m.var), origin=m.origin)",
         "m = Moments(widen(m.mean), widen(m.var))",
         "The mean of the batch is measured from its origin, and subtracted as if from 0.",
-        hint="BatchNorm: a batch norm does not see",
+        hint="BatchNorm nnx",
     ),
     Mutant(
         "channel-norm-scale-and-bias-ignored",
