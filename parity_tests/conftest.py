@@ -36,12 +36,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m "not torch"`, leave out the files that need PyTorch before they import it."""
-    if "not torch" not in config.option.markexpr or collection_path.suffix != ".py":
+    """Leave out the files that need what is not there, before they import it.
+
+    With `-m "not torch"` PyTorch; and the compilers for accelerators without `-m accelerators`.
+    """
+    if collection_path.suffix != ".py":
         return None
-    return (
-        bool(re.search(r"^pytestmark = .*mark\.torch", collection_path.read_text(), re.M)) or None
-    )
+    needs = re.findall(r"^pytestmark = .*mark\.(\w+)", collection_path.read_text(), re.M)
+    expression = config.option.markexpr
+    without_torch = "torch" in needs and "not torch" in expression
+    return without_torch or ("accelerators" in needs and expression != "accelerators") or None
 
 
 @pytest.fixture

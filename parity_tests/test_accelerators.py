@@ -22,10 +22,6 @@ from bcn_flax import BatchChannelNorm, BatchNorm, ChannelNorm, EstimatedBatchNor
 
 pytestmark = pytest.mark.accelerators
 
-REASON = "needs the compilers of both accelerators: see benchmarks/targets.py"
-for package in "libtpu", "jax_cuda12_plugin":
-    pytest.importorskip(package, reason=REASON)
-
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import targets  # noqa: E402
 
@@ -100,9 +96,14 @@ def test_a_layer_moves_what_its_arithmetic_needs(target, shape, dtype, bound):
     assert passes(layer_program("BCN", target, shape, dtype), shape, dtype) <= bound
 
 
-@pytest.mark.parametrize("shape", [LARGE, WIDE, MIDDLE, SMALL], ids=str)
 @pytest.mark.parametrize("target", ["h100", "v5e"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *(("BCN", shape) for shape in (LARGE, WIDE, MIDDLE, SMALL)),
+        *((name, MIDDLE) for name in LAYERS if name != "BCN"),
+    ],
+)
 def test_nothing_of_the_size_of_an_activation_is_stored_in_float32(name, target, shape):
     program = layer_program(name, target, shape, "bfloat16")
     assert widened(program, math.prod(shape)) == []
@@ -154,11 +155,14 @@ def chain_program(target, norm, conv=nn.Conv):
 BCN = LAYERS["BCN"]
 
 
-@pytest.mark.parametrize(("target", "bound"), [("h100", 15.9), ("v5e", 10.2)])
-def test_a_layer_between_convolutions_moves_less_than_flaxs_pair(target, bound):
-    ours, pair = (
-        passes(chain_program(target, norm), MIDDLE, jnp.bfloat16) / 3 for norm in (BCN, Pair)
-    )
+@pytest.mark.parametrize(
+    ("target", "bound", "pair"),
+    # To compile the pair for the TPU takes half a minute, and gave 10.65 with jax 0.10.2.
+    [("h100", 15.9, None), ("v5e", 10.2, 10.65)],
+)
+def test_a_layer_between_convolutions_moves_less_than_flaxs_pair(target, bound, pair):
+    ours = passes(chain_program(target, BCN), MIDDLE, jnp.bfloat16) / 3
+    pair = pair or passes(chain_program(target, Pair), MIDDLE, jnp.bfloat16) / 3
     assert ours <= bound
     assert ours < pair
 
