@@ -736,8 +736,12 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "gradient-through-the-estimates",
         NORMS,
-        "mixed = momentum * widen(old) + rate * lax.stop_gradient(new)",
-        "mixed = momentum * widen(old) + rate * new",
+        "            standard = after if estimate else batch",
+        "            standard = after if estimate else batch\n"
+        "            if estimate:\n"
+        "                passed = batch.mean_from_zero, batch.var\n"
+        "                leak = [(1 - momentum) * (v - lax.stop_gradient(v)) for v in passed]\n"
+        "                standard = Moments(after.mean + leak[0], after.var + leak[1])",
         "Normalizing by the updated estimates lets a tenth of the batch's gradient through.",
         hint="EstimatedBatchNorm: training by estimates",
     ),
