@@ -11,6 +11,9 @@ from it in another way. The platform is the one that the program is lowered for.
   the origin, behind an `optimization_barrier`. And it takes the sums that the backward pass needs
   in one kernel only if they are one reduction of several arrays.
 - A TPU needs nothing: it takes all sums of one array in one pass.
+
+On a mesh with explicit axes, where JAX asks how each result is to lie, both give what lies as `x`
+or `origin` do; `placed_like` serves the numbers of which that cannot be told.
 """
 
 from collections.abc import Callable, Sequence

@@ -152,6 +152,24 @@ def test_exports_for_any_batch_and_image_size(evaluate):
         )
 
 
+def test_one_export_serves_every_platform():
+    """Each has its own form of the passes over the input."""
+    layer = BatchChannelNorm(num_groups=2, use_running_average=False)
+    _, variables = first_output(layer, data())
+
+    @jax.jit
+    def gradient(variables, x):
+        def loss(x):
+            return jnp.sum(layer.apply(variables, x, mutable=["batch_stats"])[0] ** 3)
+
+        return jax.grad(loss)(x)
+
+    exported = export.export(gradient, platforms=["cpu", "cuda", "rocm", "tpu"])(variables, data())
+    np.testing.assert_allclose(
+        exported.call(variables, data()), gradient(variables, data()), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_networks_pass_their_options_on():
     x = data((2, 4, 4, 3))
 
