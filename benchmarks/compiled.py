@@ -221,9 +221,6 @@ def main() -> None:
         action="store_true",
         help="print what each kernel of a layer or a chain reads and writes",
     )
-    parser.add_argument(
-        "--confirm", action="store_true", help="compile the ResNet-50 at the batch that was found"
-    )
     arguments = parser.parse_args()
     for name, target in product(arguments.only, arguments.target):
         start = time.perf_counter()

@@ -3,8 +3,10 @@
 import targets  # isort: skip  # sets up the environment, so it comes first
 
 import argparse
+import math
+from bisect import bisect
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +24,8 @@ SIDE, CLASSES = 224, 1000
 STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, and channels inside of them
 WIDER = 4  # times as many channels leave a block
 KEPT = jax.checkpoint_policies.save_only_these_names(MOMENTS)
-# Two batches, through whose memory goes the line. No images take what the state takes; for a TPU,
-# whose compiler takes minutes, that saves a program.
-BATCHES = {"h100": (128, 256), "v5e": (0, 64)}
-MULTIPLE = 8
+# Those that are tried; the compiler of the TPU takes minutes for each.
+BATCHES = {"h100": range(1024, 3072, 64), "v5e": range(64, 512, 32)}
 
 
 class Unit(nn.Module):
@@ -142,46 +142,35 @@ def program(model: nn.Module, target: str, batch: int) -> jax.stages.Compiled:
     return targets.compiled(where, step, first_state(model), images, labels, donate=[0])
 
 
-def memory(model: nn.Module, target: str, batch: int) -> int | None:
-    """Bytes that a step takes, or None if its compiler says that it does not fit."""
-    if batch == 0:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(first_state(model)))
+def share(model: nn.Module, target: str, batch: int) -> float:
+    """What a step takes of the memory; infinite if its compiler says that it does not fit."""
     try:
-        return targets.all_memory(program(model, target, batch))
+        return targets.all_memory(program(model, target, batch)) / targets.TARGETS[target].memory
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            return None
+            return math.inf
         raise
 
 
 def fits(target: str, arguments: argparse.Namespace) -> None:
     """The last table; it is stored as it grows."""
-    limit = targets.TARGETS[target].memory
+    limit = targets.TARGETS[target].memory / 2**30
+    batches = BATCHES[target]
     rows: list[list[str | float]] = []
-    low, high = BATCHES[target]
     base = 0
     for name, model in networks().items():
-        small, large = memory(model, target, low), memory(model, target, high)
-        if small is None or large is None:
-            print(f"{name}: a batch of {high} does not fit; the line needs smaller ones")
-            continue
-        per_image = (large - small) / (high - low)
-        batch = int((limit - large) / per_image + high) // MULTIPLE * MULTIPLE
-        confirmed = "not compiled"
-        if arguments.confirm:
-            found = memory(model, target, batch)
-            confirmed = "does not fit" if found is None else f"{found / limit:.1%} of the memory"
+        used = cache(partial(share, model, target))
+        # Not by a line through two batches: near the limit the compiler itself rematerializes.
+        batch = batches[bisect(batches, 1.0, key=used) - 1]
         base = base or batch
-        rows.append([name, per_image / 1e6, batch, batch / base, confirmed])
+        rows.append([name, batch, batch / base, f"{used(batch):.1%}"])
         print(*rows[-1], flush=True)
         targets.tabulate(
             "fits",
             target,
-            f"The largest batch of a ResNet-50 of which a training step fits into "
-            f"{limit / 2**30:.2f} GiB: {SIDE}x{SIDE} images, bfloat16, float32 parameters, SGD "
-            f"with momentum. It is a multiple of {MULTIPLE} on the line through the memory at "
-            f"{low} and {high} images; the last column is what the program of that batch says. "
-            "Near the limit the compiler itself rematerializes",
-            ["network", "MB an image", "batch", "times Flax BatchNorm", "compiled at that batch"],
+            f"The largest batch, a multiple of {batches.step}, of which a training step of a "
+            f"ResNet-50 fits into {limit:.2f} GiB: {SIDE}x{SIDE} images, bfloat16, float32 "
+            "parameters, SGD with momentum",
+            ["network", "batch", "times Flax BatchNorm", "of the memory"],
             rows,
         )
