@@ -6,7 +6,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+import bcn_flax.nnx
 from bcn_flax import (
     BatchChannelNorm,
     BatchNorm,
@@ -233,14 +235,19 @@ def test_a_single_value_per_channel_is_warned_of_in_training_only():
     jax.eval_shape(step, variables, jnp.ones((2, 8)))
 
 
-def test_groups_of_a_single_value_are_warned_of():
-    def init(num_groups, shape):
-        jax.eval_shape(ChannelNorm(num_groups).init, jax.random.key(0), jnp.ones(shape))
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_groups_of_a_single_value_are_warned_of(api):
+    def run(num_groups, shape):
+        x = jnp.ones(shape)
+        if api == "linen":
+            jax.eval_shape(ChannelNorm(num_groups).init, jax.random.key(0), x)
+        else:
+            jax.eval_shape(bcn_flax.nnx.ChannelNorm(8, num_groups, rngs=nnx.Rngs(0)), x)
 
     with pytest.warns(UserWarning, match=r"single value .* so its output is the bias"):
-        init(8, (2, 1, 8))
-    init(8, (2, 2, 8))
-    init(4, (2, 8))
+        run(8, (2, 1, 8))
+    run(8, (2, 2, 8))
+    run(4, (2, 8))
 
 
 @pytest.mark.parametrize(
