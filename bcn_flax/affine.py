@@ -2,8 +2,8 @@
 
 A normalization layer never needs the activation itself to decide what to do with it. It needs the
 mean and the variance of each channel of each sample, `Moments`, and what it decides is one scale
-and one offset for each, `Affine`. Both are small, `(n, c)`, and affine maps compose, so that any
-stack of normalizations reads `x` once to measure it and once to write the result:
+and one offset for each, `Affine`. Both are small, `(n, c)`, and affine maps compose. So any stack
+of normalizations reads `x` once to measure it and once to map it:
 
     m = moments(x)                                             # one pass over x
     f = standardize(pool_batch(m), epsilon, m.origin)          # batch norm
@@ -171,8 +171,8 @@ def pool_groups(m: Moments, num_groups: int) -> Moments:
     """The moments of each group of consecutive channels, for each sample: `(n, num_groups)`."""
     n, channels = m.mean.shape
 
-    def split(values: Array) -> Array:
-        if jnp.ndim(values) == 0:
+    def split(values: Array | float) -> Array | float:
+        if isinstance(values, float) or values.ndim == 0:
             return values
         return jnp.reshape(_groups_whole(values, num_groups), (n, num_groups, -1))
 
@@ -240,8 +240,7 @@ def apply(
     """
     if origin is None:
         origin = jnp.zeros((x.shape[0], x.shape[axis]), widen(x).dtype)
-    # One number for each sample, and inside of `shard_map` for each device, also where it is the
-    # same for all: only then do the gradients of all of them add up.
+    # One number for each sample, also where it is the same for all, and laid out as the origin.
     scale, offset = (v + 0 * origin for v in f)
     wide = widen(x) if wide is None else wide
     return passes.write(scale, offset, x, wide, origin, axis, dtype or x.dtype)
@@ -264,7 +263,7 @@ def _pool(m: Moments, total: Callable[[Sequence[Array]], list[Array]], number: A
         weighted = values if m.counts is None else [m.counts * v for v in values]
         return [v / divisor for v in total(weighted)]
 
-    # The mean, but for its rounding, from which the means to be pooled do not lie far.
+    # The pooled mean, up to its rounding, so that the deviations from it are small.
     origin = _constant(*average(m.mean_from_zero))
     deviation = (m.origin - origin) + m.mean
     mean, second = average(deviation, m.var + jnp.square(deviation))
@@ -291,16 +290,18 @@ def _constant(near: Array) -> Array:
 
 
 def _coarse_grid(x: Array, space: Sequence[int]) -> Array:
-    """Of each channel about 1 value in 64, evenly spread, and 4 or more in a row."""
-    spacing = round(64 ** (1 / max(len(space), 1)))
-    strides = [1] * x.ndim
+    """Of each channel 1 value in 64 or more, evenly spread; 4 or more in a row that has them."""
+    spacing = math.floor(64 ** (1 / max(len(space), 1)) + 1e-6)
+    starts, strides = [0] * x.ndim, [1] * x.ndim
     for i in space:
+        length = x.shape[i]
         # Not a symbolic size, as in an export for any, nor one that lies on several devices.
-        if isinstance(x.shape[i], int) and jax.typeof(x).sharding.spec[i] is None:
-            least = 4 if i == space[-1] else 1
-            strides[i] = min(spacing, -(-x.shape[i] // least))
-    # Begin in the middle of the first cell: the very edge of an image is often unlike the rest.
-    return lax.slice(x, [stride // 2 for stride in strides], x.shape, strides)
+        if isinstance(length, int) and jax.typeof(x).sharding.spec[i] is None:
+            strides[i] = max(1, min(spacing, length // 4 if i == space[-1] else length))
+            # In the middle of the first cell, for the very edge of an image is often unlike the
+            # rest; but not so far in that the last cell is left out.
+            starts[i] = min(strides[i] // 2, (length - 1) % strides[i])
+    return lax.slice(x, starts, x.shape, strides)
 
 
 @jax.custom_jvp

@@ -137,8 +137,8 @@ def momentum(value: float | Array) -> None:
 
 
 def epsilon(value: float | Array) -> None:
-    """A positive number keeps the square root away from 0."""
-    if not 0 < value < math.inf:
+    """A positive number keeps the square root away from 0; a traced one is not known yet."""
+    if not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf:
         raise ValueError(
             f"epsilon must be positive and finite, but epsilon={value}. The usual one is 1e-5."
         )

@@ -119,7 +119,7 @@ def batch_norm(
         running_variance: see `moving_average`.
         axis_name: of the axis of devices over which the batch is pooled.
         axis_index_groups: groups of devices that pool among themselves.
-        initializing: there need be no such axis then, and a batch of 1 is no mistake.
+        initializing: `axis_name` is then ignored, and a batch of one value is not warned of.
 
     Returns:
         The map to apply, and the running mean and variance after this batch.

@@ -23,8 +23,8 @@ from bcn_flax.space import spread, sums
 Activation = Float[Array, "n *space c"]
 PerChannel = Float[Array, "n c"]
 
-# What JAX prevents otherwise, that the compiler finds the same computation in the forward pass,
-# would keep it from computing deviations where they are used.
+# With `prevent_cse=True` there would be barriers around what is computed again, and the compiler
+# could not compute the deviations where they are used.
 _not_stored = partial(jax.checkpoint, prevent_cse=False)
 
 

@@ -1,12 +1,12 @@
 """Numbers laid out along the space of an activation, and sums over it, as each platform wants them.
 
 `spread` and `sums` are linear, and each is the transpose of the other. They are primitives because
-compilers must be kept from writing arrays of the size of the activation to memory, and each is kept
-from it in another way. The platform is the one that the program is lowered for.
+compilers must be kept from writing arrays of the size of the activation to memory, and each
+platform needs another means for that. The platform is the one that the program is lowered for.
 
-- A CPU computes the small numbers again for each value of the activation that they meet. What it
-  takes for expensive, as a division, it leaves outside its loops: so each is divided by a 1 that
-  the compiler cannot see.
+- For a CPU the compiler computes the small numbers again for each value of the activation that they
+  meet, unless it considers an operation expensive, such as a division. So each small number is
+  divided by a 1 that the compiler cannot see.
 - A GPU writes what two kernels share, such as `x - origin` in float32. So each use has a copy of
   the origin, behind an `optimization_barrier`. And it takes the sums that the backward pass needs
   in one kernel only if they are one reduction of several arrays.
@@ -40,14 +40,12 @@ def spread(
 
     Args:
         values: as `origin`.
-        x: an activation. Only its shape and how it is distributed over devices count.
-        origin: likewise.
+        x: an activation, of which the shape and the place on devices count.
+        origin: likewise, and its type.
         axis: the channel axis of `x`.
-        copy: numbers laid out under another copy are not computed, or stored, together.
+        copy: numbers laid out by calls with different ones are never merged by the compiler.
     """
-    kept = (0, axis % x.ndim)
-    laid_out: list[Array] = spread_p.bind(*values, x, origin, kept=kept, copy=copy)
-    return laid_out
+    return _bind(spread_p, [*values, x, origin], (0, axis % x.ndim), copy)
 
 
 def sums(
@@ -57,16 +55,32 @@ def sums(
     axis: int,
 ) -> Float[Array, "n c"]:
     """Sum over all axes of `x` but those of samples and channels; arguments as of `spread`."""
-    (total,) = sums_p.bind(values, x, origin, kept=(0, axis % x.ndim), copy=0)
+    (total,) = _bind(sums_p, [values, x, origin], (0, axis % x.ndim))
     return total
 
 
 def once(*constants: Float[Array, "*shape"]) -> list[Float[Array, "*shape"]]:
     """Numbers of one shape, without derivative, computed once for all who use them."""
     fixed = [lax.stop_gradient(v) for v in constants]
-    kept = tuple(range(fixed[0].ndim))
-    same: list[Array] = spread_p.bind(*fixed, fixed[0], fixed[0], kept=kept, copy=0)
-    return same
+    return _bind(spread_p, [*fixed, fixed[0], fixed[0]], tuple(range(fixed[0].ndim)))
+
+
+def _bind(
+    primitive: Primitive, arrays: Sequence[Array], kept: tuple[int, ...], copy: int = 0
+) -> list[Array]:
+    """Apply a primitive. Inside of `shard_map` all arrays become numbers of each device.
+
+    Where one of them differs between devices, the result does, and the gradients of those that are
+    the same on all devices add up over these.
+    """
+    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    axes = frozenset[str]().union(*varying)
+    alike = [
+        lax.pcast(a, tuple(axes - own), to="varying") if axes - own else a
+        for a, own in zip(arrays, varying, strict=True)
+    ]
+    results: list[Array] = primitive.bind(*alike, kept=kept, copy=copy)
+    return results
 
 
 def explicit_sharding(values: Array) -> NamedSharding | None:
@@ -76,7 +90,7 @@ def explicit_sharding(values: Array) -> NamedSharding | None:
 
 
 def placed_like(values: Array, like: Array) -> Array:
-    """`values`, on the devices where `like` lies: they are not moved on other meshes."""
+    """`values`, laid out as `like` over a mesh's explicit axes; unchanged without such axes."""
     sharding = explicit_sharding(like)
     return values if sharding is None else jax.sharding.reshard(values, sharding)
 
@@ -85,7 +99,7 @@ Lowering = Callable[..., Sequence[Array]]
 
 
 def _divided(values: Sequence[Array], origin: Array, copy: int) -> list[Array]:
-    # True for NaN too. The number is what makes it another computation than that of another copy.
+    # 1 for NaN too. The number makes the 1 of each copy another computation.
     one = ((origin == origin) | (origin != copy)).astype(origin.dtype)
     return [v / one for v in values]
 
@@ -129,10 +143,19 @@ def _sums(
 
 
 def _linear(name: str, shape_of: Callable[..., Any], lowerings: dict[str | None, Lowering]) -> Any:
-    """A primitive, linear in all its arguments but the last two, which only show the shapes."""
+    """A primitive, linear in all its arguments but the last two, which say what the results are.
+
+    On a CPU the values of the last one serve too: see `_divided`.
+    """
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames=("kept", "copy")))
+    compiled = jax.jit(primitive.bind, static_argnames=("kept", "copy"))
+
+    def run(*args: Array, **params: Any) -> Any:
+        with jax.disable_jit(False):  # it has no other way to run
+            return compiled(*args, **params)
+
+    primitive.def_impl(run)
     primitive.def_abstract_eval(lambda *args, **_: [shape_of(*args[-2:])] * (len(args) - 2))
 
     def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:

@@ -678,8 +678,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "laid-out-along-the-last-axis",
         SPACE,
-        "kept = (0, axis % x.ndim)",
-        "kept = (0, x.ndim - 1)",
+        "[*values, x, origin], (0, axis % x.ndim), copy)",
+        "[*values, x, origin], (0, x.ndim - 1), copy)",
         "Numbers of the channels are laid out along the last axis, whichever that of the channels "
         "is.",
         hint="ChannelNorm: channels may lie",
@@ -1635,8 +1635,8 @@ EQUIVALENT: tuple[Mutant, ...] = (
     Mutant(
         "origin-from-the-edge",
         AFFINE,
-        "[stride // 2 for stride in strides]",
-        "[0 for _ in strides]",
+        "starts[i] = min(strides[i] // 2, (length - 1) % strides[i])",
+        "starts[i] = 0",
         "Another grid, another origin: on paper any gives the same moments, and one value in 64 "
         "bounds the loss of digits wherever the grid begins.",
         hint="float32 data=mean 1e4",
