@@ -230,3 +230,15 @@ def test_what_is_kept_for_the_backward_pass_has_the_inputs_type(name):
     jaxpr = jax.make_jaxpr(residuals)(variables["params"], x).jaxpr
     large = {id(v): v.aval.dtype for v in jaxpr.outvars if v.aval.size >= x.size}
     assert list(large.values()) == [jnp.bfloat16]
+
+
+def test_of_a_standardized_kernel_only_the_kernel_is_kept():
+    """In its own type: nothing in float32 beside a narrow one."""
+    kernel = jnp.ones((3, 3, 8, 16), jnp.bfloat16)
+
+    def residuals(kernel):
+        return jax.tree.leaves(jax.vjp(standardize_kernel, kernel)[1])
+
+    jaxpr = jax.make_jaxpr(residuals)(kernel).jaxpr
+    large = {id(v): v.aval.dtype for v in jaxpr.outvars if v.aval.size >= kernel.size}
+    assert list(large.values()) == [jnp.bfloat16]
