@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -294,3 +295,12 @@ def test_a_traced_momentum_passes():
         return updates["batch_stats"]["batch_norm"]["mean"]
 
     assert (mean_after(0.75) == 0.25).all()
+
+
+def test_a_traced_epsilon_passes():
+    @jax.jit
+    def output(epsilon):
+        variables = train().init(jax.random.key(0), X)
+        return train(epsilon=epsilon).apply(variables, X, mutable=["batch_stats"])[0]
+
+    np.testing.assert_array_equal(output(1e-5), output(jnp.float32(1e-5)))
