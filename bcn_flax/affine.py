@@ -149,6 +149,11 @@ def pool_batch(
 ) -> Moments:
     """The moments of each channel over all samples, and over all devices of `axis_name`.
 
+    Args:
+        m: of each channel of each sample.
+        axis_name: of an axis of `vmap`, `shard_map` or `pmap`.
+        axis_index_groups: groups of devices of that axis which pool among themselves, as tuples.
+
     Returns:
         Moments of shape `(1, c)`. Samples and devices weigh by the number of values that count, so
         that unequal masks are exact. Mean and variance are 0 where nothing counts.

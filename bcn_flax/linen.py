@@ -1,9 +1,8 @@
 """The layers as Flax linen modules.
 
 Thin shells: they own the parameters and the running estimates, and leave the rest to
-`bcn_flax.norms`, as those of `bcn_flax.nnx` do. Every
-normalization here has a method `affine`, from the moments of its input to the affine map that it
-applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
+`bcn_flax.norms`. Every normalization here has a method `affine`, from the moments of its input to
+the affine map that it applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,8 @@
 """The layers as Flax NNX modules: those of `bcn_flax.linen`, with the same names and numbers.
 
 Thin shells: they own the parameters and the running estimates, and leave the rest to
-`bcn_flax.norms`, as those of `bcn_flax.linen` do. Every
-normalization here has a method `affine`, from the moments of its input to the affine map that it
-applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
+`bcn_flax.norms`. Every normalization here has a method `affine`, from the moments of its input to
+the affine map that it applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
 
 The docstrings say what is different in NNX; what a layer computes is said at its namesake in linen.
 """
