@@ -52,7 +52,7 @@ class _WithRunningAverages(nn.Module):
         Raises:
             ValueError: bad input or arguments, or nobody said whether to use the running averages.
         """
-        evaluate = checks.running_average_flag(
+        evaluate = checks.require_running_average_flag(
             type(self).__name__, self.use_running_average, use_running_average
         )
         update = norms.update_flag(evaluate, self.update_stats, update_stats)
@@ -216,7 +216,7 @@ class ChannelNorm(nn.Module):
     @nn.compact
     def affine(self, m: Moments) -> Affine:
         """The map to apply to an input with moments `m`."""
-        groups = checks.group_count(m.mean.shape[1], self.num_groups, self.group_size)
+        groups = checks.require_group_count(m.mean.shape[1], self.num_groups, self.group_size)
         return norms.channel_norm(m, _learned(self, groups), self.epsilon)
 
 

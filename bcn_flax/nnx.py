@@ -9,7 +9,7 @@ The docstrings say what is different in NNX; what a layer computes is said at it
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import jax.numpy as jnp
 from flax import nnx
@@ -21,7 +21,7 @@ from bcn_flax import checks, convolution, norms
 from bcn_flax.affine import Affine, Moments, chain, push
 from bcn_flax.norms import RunningVariance
 from bcn_flax.passes import promote
-from bcn_flax.weight_standardization import Standardization, standardize_kernel
+from bcn_flax.weight_standardization import Standardization, require_fan_in, standardize_kernel
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -51,7 +51,7 @@ class _WithRunningAverages(nnx.Module):
         Raises:
             ValueError: bad input, or nobody said whether to use the running averages.
         """
-        evaluate = checks.running_average_flag(
+        evaluate = checks.require_running_average_flag(
             type(self).__name__, self.use_running_average, use_running_average
         )
         update = norms.update_flag(evaluate, self.update_stats, update_stats)
@@ -142,9 +142,9 @@ class BatchNorm(_WithRunningAverages):
         Raises:
             ValueError: an argument is out of its range.
         """
-        checks.momentum(momentum)
-        checks.epsilon(epsilon)
-        checks.running_variance(running_variance)
+        checks.require_momentum(momentum)
+        checks.require_epsilon(epsilon)
+        checks.require_one_of("running_variance", running_variance, get_args(RunningVariance))
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -167,7 +167,7 @@ class BatchNorm(_WithRunningAverages):
 
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
         """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
-        checks.num_features(m.mean.shape[1], self.num_features)
+        _require_num_features(m.mean.shape[1], self.num_features)
         f, stats = norms.batch_norm(
             m,
             (self.mean[...], self.var[...]),
@@ -250,9 +250,9 @@ class ChannelNorm(nnx.Module):
         Raises:
             ValueError: epsilon is out of its range, or groups do not divide the channels.
         """
-        checks.epsilon(epsilon)
+        checks.require_epsilon(epsilon)
         self.num_features = num_features
-        self.num_groups = checks.group_count(num_features, num_groups, group_size)
+        self.num_groups = checks.require_group_count(num_features, num_groups, group_size)
         self.axis = axis
         self.epsilon = epsilon
         self.dtype = dtype
@@ -275,7 +275,7 @@ class ChannelNorm(nnx.Module):
 
     def affine(self, m: Moments) -> Affine:
         """The map to apply to an input with moments `m`."""
-        checks.num_features(m.mean.shape[1], self.num_features)
+        _require_num_features(m.mean.shape[1], self.num_features)
         return norms.channel_norm(m, _learned(self, self.num_groups), self.epsilon)
 
 
@@ -432,7 +432,7 @@ class _StandardizedKernel(nnx.Module):
         super().__init__(*args, **kwargs)
         self.standardization = standardization
         raw = self.kernel[...]
-        checks.fan_in(raw.shape, self._out_axis)
+        require_fan_in(raw.shape, self._out_axis)
         shape = (raw.shape[self._out_axis],)
         self.gain = (
             nnx.Param(jnp.ones(shape, raw.dtype)) if standardization.gain else nnx.data(None)
@@ -520,3 +520,12 @@ def _learned(norm: BatchNorm | ChannelNorm, size: int) -> Affine:
     """The scale and bias of a norm as a map, `(1, size)`."""
     scale, bias = (None if p is None else p[...] for p in (norm.scale, norm.bias))
     return norms.learned(scale, bias, size, norm.param_dtype)
+
+
+def _require_num_features(channels: int, expected: int) -> None:
+    if channels != expected:
+        raise ValueError(
+            f"The input must have the {expected} channels that the layer was made for, but it has "
+            f"{channels}. Make the layer with num_features={channels}, or with the axis along "
+            "which the channels lie."
+        )

@@ -4,9 +4,11 @@ Batch norm, estimated batch norm and evaluation differ only in *which* moments t
 the batch's, the running estimates after their update, the running estimates as they are.
 """
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -53,10 +55,11 @@ def normalize(
         ValueError: bad input.
     """
     x = jnp.asarray(x)
-    mask = None if mask is None else jnp.asarray(mask)
-    checks.activation(x, layer.axis, mask)
+    _require_input(x, layer.axis)
     if mask is not None:
-        # What hides behind a mask may be anything. Multiplied by a gradient of 0, NaN is still NaN.
+        mask = jnp.asarray(mask)
+        _require_mask(mask, x)
+        # A masked value may be NaN, and NaN times a gradient of 0 is still NaN.
         x = jnp.where(mask | jnp.isfinite(x), x, 0)
     wide = widen(x)
     m = moments(x, layer.axis, mask, wide)
@@ -127,11 +130,11 @@ def batch_norm(
     Raises:
         ValueError: an argument is out of its range.
     """
-    checks.momentum(momentum)
-    checks.epsilon(epsilon)
-    checks.running_variance(running_variance)
+    checks.require_momentum(momentum)
+    checks.require_epsilon(epsilon)
+    checks.require_one_of("running_variance", running_variance, get_args(RunningVariance))
     if not (use_running_average or initializing or axis_name) and m.counts is None:
-        checks.several_values(m.mean.shape[0], m.size)
+        _warn_of_single_values(m.mean.shape[0], m.size)
     mean, var = stats
     running = after = Moments(mean[None], var[None])
     standard = running
@@ -163,9 +166,9 @@ def channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
     Raises:
         ValueError: epsilon is out of its range.
     """
-    checks.epsilon(epsilon)
+    checks.require_epsilon(epsilon)
     if m.counts is None:
-        checks.several_values_in_a_group(m.mean.shape[1] // learned.scale.shape[1], m.size)
+        _warn_of_groups_of_one_value(m.mean.shape[1] // learned.scale.shape[1], m.size)
     return _channel_norm(m, learned, epsilon)
 
 
@@ -238,3 +241,70 @@ def _moving_average(
 def unbiased(m: Moments) -> Array:
     """The variance with Bessel's correction, `size / (size - 1)`; 0 of a single value."""
     return m.var * (m.weight / jnp.maximum(m.weight - 1, 1))
+
+
+def _require_input(x: Array, axis: object) -> None:
+    rank, shape = x.ndim, tuple(x.shape)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"The input must be of a real floating-point type, but it is {x.dtype}. "
+            "Convert it first, for example with x.astype(jnp.float32)."
+        )
+    if not isinstance(axis, int):
+        raise ValueError(
+            f"The channel axis must be one integer, but axis={axis!r}. Merge several channel axes "
+            "into one with a reshape."
+        )
+    if rank < 2:
+        raise ValueError(
+            "The input must have a batch axis and a channel axis, (n, *space, c), but its shape is "
+            f"{shape}. For a single sample, add the batch axis with x[None]."
+        )
+    if not -rank <= axis < rank or axis % rank == 0:
+        raise ValueError(
+            f"The channel axis must be one of 1 to {rank - 1}, or -{rank - 1} to -1, for an input "
+            f"of shape {shape}, whose axis 0 is the batch, but axis={axis}."
+        )
+    if math.prod(shape) == 0:
+        raise ValueError(
+            f"The input must not be empty, but its shape is {shape}. "
+            "Skip the empty batch, or pad it and pass a mask."
+        )
+
+
+def _require_mask(mask: Array, x: Array) -> None:
+    fits = mask.ndim == x.ndim and all(
+        m in (1, d) for m, d in zip(mask.shape, x.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            "The mask must have as many axes as the input, each of the same length or 1, but the "
+            f"mask's shape is {mask.shape} and the input's is {x.shape}. To mask whole "
+            f"samples, give it the shape {(x.shape[0],) + (1,) * (x.ndim - 1)}."
+        )
+    if not jnp.issubdtype(mask.dtype, jnp.bool_):
+        raise ValueError(
+            f"The mask must be boolean, true where a value counts, but it is {mask.dtype}. "
+            "Convert it first, for example with mask != 0."
+        )
+
+
+def _warn_of_single_values(samples: object, values: object) -> None:
+    """Warn if each channel has one value; a symbolic number is not known."""
+    if isinstance(samples, int) and isinstance(values, int) and samples * values == 1:
+        warnings.warn(
+            "The batch has a single value per channel (1 sample without space axes, or of size 1), "
+            "so its variance is 0, which estimates nothing. Train with a larger batch, or evaluate "
+            "with use_running_average=True.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_groups_of_one_value(channels: int, values: object) -> None:
+    """Warn if each group has one value; a symbolic number is not known."""
+    if isinstance(values, int) and channels * values == 1:
+        warnings.warn(
+            "Each group of the channel norm has a single value (1 channel, without space axes or "
+            "of size 1), so its output is the bias, whatever the input. Use fewer groups.",
+            stacklevel=2,
+        )

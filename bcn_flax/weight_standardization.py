@@ -1,7 +1,9 @@
 """Weight standardization: the kernel of a layer, normalized as if it were the one sample."""
 
+import math
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -82,10 +84,8 @@ def standardize_kernel(
     Standardization", arXiv 1903.10520; unbiased variance and epsilon inside the root as in the
     authors' ImageNet code (`imagenet/models/layers.py`).
     """
-    checks.fan_in(kernel.shape, axis)
-    checks.standardization(
-        standardization.epsilon_role, standardization.epsilon, standardization.gamma
-    )
+    require_fan_in(kernel.shape, axis)
+    _require_standardization(standardization)
     return _standardized(
         kernel[None],
         None if mask is None else mask[None],
@@ -130,3 +130,29 @@ def _root(var: Array) -> Array:
     """The square root, whose derivative at 0 is taken as 0: a constant kernel has a gradient."""
     positive = var > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)
+
+
+def _require_standardization(how: Standardization) -> None:
+    checks.require_one_of("epsilon_role", how.epsilon_role, get_args(EpsilonRole))
+    checks.require_epsilon(how.epsilon)
+    if how.gamma == 0 or not math.isfinite(how.gamma):
+        raise ValueError(
+            f"gamma must be finite and not 0, but gamma={how.gamma}. Without a factor it is 1.0."
+        )
+
+
+def require_fan_in(shape: Sequence[int], axis: int) -> None:
+    """A kernel to standardize must have at least two weights for each output channel."""
+    rank = len(shape)
+    if rank < 2 or not -rank <= axis < rank:
+        raise ValueError(
+            "A kernel to standardize must have an output channel axis and another one, but its "
+            f"shape is {tuple(shape)} and axis={axis}."
+        )
+    weights = math.prod(d for i, d in enumerate(shape) if i != axis % rank)
+    if weights < 2:
+        raise ValueError(
+            "Weight standardization needs at least 2 weights per output channel (fan-in), but a "
+            f"kernel of shape {tuple(shape)} has {weights}. Use the layer without weight "
+            "standardization here."
+        )

@@ -17,7 +17,7 @@ from bcn_flax import (
     EstimatedBatchNorm,
     WSConv,
     WSDense,
-    checks,
+    standardize_kernel,
 )
 from bcn_flax.models import VGG
 
@@ -282,7 +282,7 @@ def test_groups_of_a_single_value_are_warned_of(api):
 )
 def test_standardize_kernel_complains(shape, axis, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        checks.fan_in(shape, axis)
+        standardize_kernel(jnp.ones(shape), axis=axis)
 
 
 def test_a_traced_momentum_passes():

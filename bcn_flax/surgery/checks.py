@@ -104,7 +104,7 @@ def finite(stats: Any) -> None:
 
 def evaluating(norm: str, attribute: bool | None, argument: bool | None, name: str) -> None:
     """What is folded is for inference."""
-    if not checks.running_average_flag(norm, attribute, argument):
+    if not checks.require_running_average_flag(norm, attribute, argument):
         raise ValueError(
             "Folding is for inference, so every norm must use its running averages, but on the "
             f"example input {name or 'the model'} was in training. Pass what makes the model "

@@ -11,12 +11,13 @@ from flax import nnx
 from flax.nnx import initializers
 
 from bcn_flax.affine import Affine, Moments
-from bcn_flax.checks import fan_in, group_count
+from bcn_flax.checks import require_group_count
 from bcn_flax.nnx import BatchChannelNorm, BatchNorm, WSConv, WSConvTranspose, WSDense
 from bcn_flax.norms import result_dtype
 from bcn_flax.passes import widen
 from bcn_flax.surgery import calibration, checks, folding
 from bcn_flax.surgery.flow import Detour, Flow, without_forks
+from bcn_flax.weight_standardization import require_fan_in
 
 Path = tuple[Any, ...]
 OnCall = Callable[[Path, Any, Any], Any]
@@ -88,7 +89,10 @@ def convert_batch_norm(
         *((p, checks.complaint(checks.one_layer, m.mean.ndim)) for p, m in norms.items()),
         *((p, checks.complaint(checks.one_axis, m.axis)) for p, m in norms.items()),
         *((p, checks.complaint(_groups, m.num_features, num_groups)) for p, m in norms.items()),
-        *((p, checks.complaint(fan_in, m.kernel_shape, -1)) for p, m in convolutions.items()),
+        *(
+            (p, checks.complaint(require_fan_in, m.kernel_shape, -1))
+            for p, m in convolutions.items()
+        ),
     ]
     checks.convertible([(_name(p), text) for p, text in complaints if text], len(norms))
 
@@ -224,7 +228,7 @@ def _groups(channels: int, num_groups: int | None) -> int:
     if num_groups is None:
         divisors = (d for d in range(1, 33) if channels % d == 0)
         num_groups = max(d for d in divisors if d == 1 or channels >= 2 * d)
-    return group_count(channels, num_groups, None)
+    return require_group_count(channels, num_groups, None)
 
 
 def _batch_channel_norm(
