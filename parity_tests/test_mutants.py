@@ -2,25 +2,20 @@
 
 import ast
 import sys
+from functools import cache
 from importlib import import_module
 
 import jax.numpy as jnp
 import pytest
 
 from parity_tests import suite
-from parity_tests.mutants import (
-    EQUIVALENT,
-    MUTANTS,
-    NORMS,
-    PACKAGES,
-    ROOT,
-    Mutant,
-    catch,
-    imported_afresh,
-)
+from parity_tests.mutants import EQUIVALENT, MUTANTS
+from parity_tests.mutants.mutant import PACKAGES, ROOT, Mutant, catch, imported_afresh
+from parity_tests.mutants.norms import NORMS
 
 pytestmark = pytest.mark.torch
 
+ALL = MUTANTS + EQUIVALENT
 SWAPPED = next(mutant for mutant in MUTANTS if mutant.name == "momentum-swapped")
 
 
@@ -62,21 +57,53 @@ def test_without_a_mutant_nothing_is_caught():
     assert caught.check is None, caught.message
 
 
-@each(MUTANTS + EQUIVALENT)
-def test_a_mutant_fits_its_source(mutant):
-    source = (ROOT / mutant.file).read_text()
-    assert ast.dump(ast.parse(mutant.apply(source))) != ast.dump(ast.parse(source))
+@cache
+def source(file):
+    return (ROOT / file).read_text()
 
 
-@each(MUTANTS + EQUIVALENT)
-def test_a_hint_leads_somewhere(mutant):
-    """A stale hint would cost minutes; without one, the whole suite would follow a mutant."""
-    assert mutant.hint
-    assert any(mutant.hint in name for name in suite.checks())
+@cache
+def program(text):
+    """Whatever its comments and layout are."""
+    return ast.dump(ast.parse(text))
+
+
+def misfit(mutant):
+    """What keeps a mutant from being put in, if anything does."""
+    try:
+        mutant.apply(source(mutant.file))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def test_the_text_that_a_mutant_replaces_occurs_once_in_its_source():
+    misfits = [misfit(mutant) for mutant in ALL if misfit(mutant)]
+    assert not misfits, "\n\n".join(misfits)
+
+
+def test_a_mutant_is_another_program_than_its_source():
+    broken = []
+    for mutant in ALL:
+        if misfit(mutant):
+            continue  # which the test above tells
+        try:
+            if program(mutant.apply(source(mutant.file))) == program(source(mutant.file)):
+                broken.append(f"{mutant.name} is the same program as {mutant.file}.")
+        except SyntaxError as error:
+            broken.append(f"{mutant.name} is no program: {error}.")
+    assert not broken, "\n".join(broken)
+
+
+def test_every_hint_is_part_of_the_name_of_a_check():
+    """A stale hint costs minutes; without one, the whole suite follows a mutant."""
+    names = "\n".join(suite.checks())
+    stale = [m.name for m in ALL if not m.hint or m.hint not in names]
+    assert not stale
 
 
 def test_mutants_have_names_of_their_own():
-    names = [mutant.name for mutant in MUTANTS + EQUIVALENT]
+    names = [mutant.name for mutant in ALL]
     assert len(set(names)) == len(names)
 
 

@@ -1,0 +1,211 @@
+"""Defects in the layers of linen and NNX."""
+
+from parity_tests.mutants.mutant import Mutant
+
+LINEN = "bcn_flax/linen.py"
+NNX = "bcn_flax/nnx.py"
+
+MUTANTS = (
+    Mutant(
+        "linen-initialization-updates",
+        LINEN,
+        "if update_stats and not initializing:",
+        "if update_stats:",
+        "The example that `init` is given moves the running averages.",
+        hint="BatchNorm: estimates start",
+    ),
+    Mutant(
+        "linen-statistics-not-written",
+        LINEN,
+        "mean.value, var.value = stats",
+        "_ = stats",
+        "The running averages are computed and not stored.",
+        hint="BatchNorm linen float64 running_variance=unbiased",
+    ),
+    Mutant(
+        "linen-call-flag-ignored",
+        LINEN,
+        "self.use_running_average, use_running_average",
+        "self.use_running_average, None",
+        "The call cannot say whether it evaluates.",
+        hint="BatchNorm in evaluation: evaluation moves no",
+    ),
+    Mutant(
+        "linen-momentum-ignored",
+        LINEN,
+        "            momentum=self.momentum,\n"
+        "            epsilon=self.epsilon if self.batch_epsilon",
+        "            epsilon=self.epsilon if self.batch_epsilon",
+        "BatchChannelNorm keeps its momentum to itself, as the authors' PBCNorm does.",
+        hint="BatchChannelNorm linen float64 num_groups=4 estimate=True momentum=0.5",
+    ),
+    Mutant(
+        "linen-batch-epsilon-ignored",
+        LINEN,
+        "epsilon=self.epsilon if self.batch_epsilon is None else self.batch_epsilon",
+        "epsilon=self.epsilon",
+        "One epsilon serves both norms.",
+        hint="BatchChannelNorm: scaling the input",
+    ),
+    Mutant(
+        "linen-batch-epsilon-fixed",
+        LINEN,
+        "epsilon=self.epsilon if self.batch_epsilon is None else self.batch_epsilon",
+        "epsilon=1e-5",
+        "The batch norm has an epsilon of its own, as in the README of the authors.",
+        hint="BatchChannelNorm: scaling the input",
+    ),
+    Mutant(
+        "linen-estimate-ignored",
+        LINEN,
+        "(EstimatedBatchNorm if self.estimate else BatchNorm)(",
+        "EstimatedBatchNorm(",
+        "Estimated statistics always: a copy in cellseg_models ignores `estimate` too.",
+        hint="BatchChannelNorm of the batch: a channel norm follows",
+    ),
+    Mutant(
+        "linen-axis-name-ignored",
+        LINEN,
+        "            axis_name=self.axis_name,\n"
+        "            axis_index_groups=self.axis_index_groups,\n"
+        "            running_variance",
+        "            axis_index_groups=self.axis_index_groups,\n            running_variance",
+        "BatchChannelNorm does not tell its batch norm of the other devices.",
+        hint="BatchChannelNorm: devices weigh",
+    ),
+    Mutant(
+        "linen-channel-norm-of-the-input",
+        LINEN,
+        "channel_norm.affine(push(f, m))",
+        "channel_norm.affine(m)",
+        "The channel norm is measured on the input, not on what the batch norm makes of it.",
+        hint="BatchChannelNorm: a channel norm follows",
+    ),
+    Mutant(
+        "linen-transposed-kernel-axis",
+        LINEN,
+        'axis = -2 if getattr(self, "transpose_kernel", False) else -1',
+        "axis = -1",
+        "A transposed convolution with exchanged axes is standardized along the wrong one.",
+        hint="WSConvTranspose: shifting the weights",
+    ),
+    Mutant(
+        "linen-gain-ignored",
+        LINEN,
+        "            gain=gain,\n",
+        "",
+        "There is a gain, and nothing is multiplied by it.",
+        hint="standardization=timm_scaled",
+    ),
+    Mutant(
+        "linen-weights-rounded-early",
+        LINEN,
+        "            value,\n            self.standardization,",
+        "            value.astype(self.dtype or value.dtype),\n            self.standardization,",
+        "Weights are cast to half precision first, and standardized then.",
+        hint="WSDense: weights are standardized before",
+    ),
+    Mutant(
+        "nnx-statistics-not-written",
+        NNX,
+        "self.mean[...], self.var[...] = stats",
+        "_ = stats",
+        "The running averages are computed and not stored.",
+        hint="NNX BatchChannelNorm: training by",
+    ),
+    Mutant(
+        "nnx-momentum-default",
+        NNX,
+        "        momentum: float = 0.9,\n"
+        "        epsilon: float = 1e-5,\n"
+        "        dtype: Dtype | None = None,",
+        "        momentum: float = 0.99,\n"
+        "        epsilon: float = 1e-5,\n"
+        "        dtype: Dtype | None = None,",
+        "BatchNorm has the default of `flax.nnx.BatchNorm`, not that of this library.",
+        hint="BatchNorm nnx",
+    ),
+    Mutant(
+        "nnx-call-flag-ignored",
+        NNX,
+        "            type(self).__name__, self.use_running_average, use_running_average\n        )",
+        "            type(self).__name__, self.use_running_average, None\n        )",
+        "The call cannot say whether it evaluates.",
+        hint="NNX BatchChannelNorm in evaluation: evaluation",
+    ),
+    Mutant(
+        "nnx-momentum-ignored",
+        NNX,
+        "            momentum=momentum,\n",
+        "",
+        "BatchChannelNorm keeps its momentum to itself, as the authors' PBCNorm does.",
+        hint="NNX BatchChannelNorm of the batch: micro",
+    ),
+    Mutant(
+        "nnx-batch-epsilon-ignored",
+        NNX,
+        "epsilon=epsilon if batch_epsilon is None else batch_epsilon",
+        "epsilon=epsilon",
+        "One epsilon serves both norms.",
+        hint="NNX BatchChannelNorm of the batch: scaling the input",
+    ),
+    Mutant(
+        "nnx-estimate-ignored",
+        NNX,
+        "(EstimatedBatchNorm if estimate else BatchNorm)(",
+        "EstimatedBatchNorm(",
+        "Estimated statistics always: a copy in cellseg_models ignores `estimate` too.",
+        hint="NNX BatchChannelNorm of the batch: a channel norm follows",
+    ),
+    Mutant(
+        "nnx-axis-name-ignored",
+        NNX,
+        "            axis_name=axis_name,\n",
+        "",
+        "BatchChannelNorm does not tell its batch norm of the other devices.",
+        hint="NNX BatchChannelNorm of the batch: devices weigh",
+    ),
+    Mutant(
+        "nnx-channel-norm-of-the-input",
+        NNX,
+        "self.channel_norm.affine(push(f, m))",
+        "self.channel_norm.affine(m)",
+        "The channel norm is measured on the input, not on what the batch norm makes of it.",
+        hint="NNX BatchChannelNorm: a channel norm follows",
+    ),
+    Mutant(
+        "nnx-transposed-kernel-axis",
+        NNX,
+        'return -2 if getattr(self, "transpose_kernel", False) else -1',
+        "return -1",
+        "A transposed convolution with exchanged axes is standardized along the wrong one.",
+        hint="NNX WSConvTranspose: shifting the weights",
+    ),
+    Mutant(
+        "nnx-gain-ignored",
+        NNX,
+        "gain=None if self.gain is None else self.gain[...]",
+        "gain=None",
+        "There is a gain, and nothing is multiplied by it.",
+        hint="WSConv nnx float64 features=6 kernel_size=3x3 padding=1 standardization=nfnet",
+    ),
+    Mutant(
+        "nnx-weights-rounded-early",
+        NNX,
+        "            self.kernel[...],",
+        "            self._promote_dtype(values, **kwargs)[1],",
+        "Weights are cast to half precision first, and standardized then.",
+        hint="NNX WSDense: weights are standardized before",
+    ),
+    Mutant(
+        "nnx-weights-overwritten",
+        NNX,
+        "        if mask is not None:\n            kernel *= mask",
+        "        self.kernel[...] = kernel\n"
+        "        if mask is not None:\n"
+        "            kernel *= mask",
+        "The standardized weights are stored, and trained: `nnx.WeightNorm` does so "
+        "(google/flax 5576).",
+        hint="NNX WSDense: a call changes",
+    ),
+)

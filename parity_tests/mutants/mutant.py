@@ -1,0 +1,163 @@
+"""A mutant, and what catches it.
+
+`catch` imports both packages afresh with one edit, in memory, and runs the checks of
+`parity_tests.suite` until one of them fails.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from textwrap import shorten
+from types import CodeType
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {"bcn_flax", "bcn_torch", "parity_tests"}
+
+Checks = Mapping[str, Callable[[], object]]
+
+
+class Mutant(NamedTuple):
+    """An edit of one source file.
+
+    Attributes:
+        name: of the defect, in a few words.
+        file: the source, from the root of the repository.
+        old: the text that goes; occurs exactly once, so that no edit can silently do nothing.
+        new: the text that comes.
+        why: what is wrong with it and who does it; of an equivalent one, why nothing is.
+        hint: part of the names of the checks to try first. It saves time and decides nothing: all
+            the others follow until one fails.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    why: str
+    hint: str = ""
+
+    @property
+    def module(self) -> str:
+        """The module's name."""
+        return self.file.removesuffix(".py").replace("/", ".")
+
+    @property
+    def side(self) -> str:
+        """Which side of the comparison it breaks."""
+        if "/interop/" in self.file:
+            return "interop"
+        return "PyTorch" if self.file.startswith("bcn_torch/") else "Flax"
+
+    def apply(self, source: str) -> str:
+        """The source with the edit.
+
+        Raises:
+            ValueError: the old text is not there, or not only once.
+        """
+        count = source.count(self.old)
+        if count != 1:
+            raise ValueError(
+                f"Mutant {self.name!r}: the text to replace must occur once in {self.file}, it "
+                f"occurs {count} times: bring the mutant up to date with the source.\n{self.old}"
+            )
+        return source.replace(self.old, self.new)
+
+
+class Caught(NamedTuple):
+    """Which check failed first, None if none did, and what it said."""
+
+    check: str | None
+    message: str
+    seconds: float
+
+
+def catch(mutant: Mutant | None, checks_of: Callable[[], Checks] | None = None) -> Caught:
+    """Run the checks against a mutant until one of them fails.
+
+    Args:
+        mutant: None is the control, which nothing should catch.
+        checks_of: gives the checks, called where imports find the mutant; by default those of
+            `parity_tests.suite`.
+    """
+    start = time.perf_counter()
+    check, message = None, ""
+    with imported_afresh(mutant):
+        checks = (checks_of or _suite)()
+        for name in sorted(checks, key=lambda name: mutant is None or mutant.hint not in name):
+            try:
+                checks[name]()
+            except Exception as error:
+                check, message = name, _shortened(error)
+                break
+        if mutant and mutant.module not in sys.modules:
+            raise ValueError(f"Mutant {mutant.name!r}: the checks never import {mutant.module}.")
+    return Caught(check, message, time.perf_counter() - start)
+
+
+@contextmanager
+def imported_afresh(mutant: Mutant | None) -> Iterator[None]:
+    """Import both packages and their tests anew, with the mutant; put the old ones back in the end.
+
+    Of the mutant nothing is written, neither source nor bytecode. What JAX and Flax remember, they
+    remember of functions and classes, and these are new as well. Other import hooks are passed by:
+    the annotations that jaxtyping's checks must not catch what the checks of the suite let through.
+    """
+    originals = _forget()
+    finder = _Finder(mutant)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        _forget()
+        sys.modules.update(originals)
+
+
+class _Loader(SourceFileLoader):
+    """Loads one module with its mutant."""
+
+    def __init__(self, fullname: str, path: str, mutant: Mutant) -> None:
+        super().__init__(fullname, path)
+        self.mutant = mutant
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Compile the source as edited: bytecode is neither read nor written."""
+        source = self.mutant.apply(Path(self.path).read_text())
+        return compile(source, self.path, "exec", dont_inherit=True)
+
+
+class _Finder(MetaPathFinder):
+    """Finds the packages' modules where Python finds them, all but one to load as they are."""
+
+    def __init__(self, mutant: Mutant | None) -> None:
+        self.mutant = mutant
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname.partition(".")[0] not in PACKAGES:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec and spec.origin and self.mutant and fullname == self.mutant.module:
+            spec.loader = _Loader(fullname, spec.origin, self.mutant)
+        return spec
+
+
+def _forget() -> dict[str, Any]:
+    """Take the packages out of memory."""
+    ours = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
+    return {name: sys.modules.pop(name) for name in ours}
+
+
+def _suite() -> Checks:
+    return import_module("parity_tests.suite").checks()
+
+
+def _shortened(error: Exception) -> str:
+    """The beginning of what a check said; a crash is no comparison, and says which error it was."""
+    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+    return shorten(f"{kind}{error}", width=200, placeholder=" ...")
