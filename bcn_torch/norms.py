@@ -4,7 +4,9 @@ The equations in the comments use `mu` and `sigma2` for a mean and a variance of
 `mu_hat` and `sigma2_hat` for the running estimates, and `r` for the momentum.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, Self, get_args
 
@@ -25,8 +27,8 @@ class _Norm(nn.Module):
 
     def __init__(self, channels: int, size: int, eps: float, affine: bool) -> None:
         super().__init__()
-        checks.channel_count(channels)
-        checks.eps(eps)
+        checks.require_channel_count(channels)
+        checks.require_eps(eps)
         self.channels = channels
         self.eps = eps
         self.affine = affine
@@ -113,8 +115,8 @@ class BatchNorm(_Norm):
             ValueError: an argument is out of its range.
         """
         super().__init__(channels, channels, eps, affine)
-        checks.momentum(momentum)
-        checks.one_of("running_variance", running_variance, get_args(RunningVariance))
+        checks.require_momentum(momentum)
+        checks.require_one_of("running_variance", running_variance, get_args(RunningVariance))
         self.momentum = momentum
         self.running_variance = running_variance
         self.update_stats = update_stats
@@ -127,7 +129,7 @@ class BatchNorm(_Norm):
         Raises:
             ValueError: `x` is not of floating point, is empty, or has no `channels` at axis 1.
         """
-        checks.activation(x, self.channels)
+        checks.require_input(x, self.channels)
         wide = widen(x)
         moments = self._training_moments if self.training else self._evaluation_moments
         return self._normalize(wide, *moments(wide)).to(x.dtype)
@@ -160,7 +162,7 @@ class BatchNorm(_Norm):
     @torch.no_grad()
     def _update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
         """Move the estimates towards the moments of `x`, where these are finite."""
-        checks.several_values(x.shape)
+        _warn_of_single_values(x.shape)
         r, mu, sigma2 = self.momentum, mean.flatten(), self._entering_variance(x, var).flatten()
         finite = mu.isfinite() & sigma2.isfinite()
         # mu_hat <- (1 - r) mu_hat + r mu
@@ -285,7 +287,7 @@ class ChannelNorm(_Norm):
         Raises:
             ValueError: eps is out of its range, or groups do not divide the channels.
         """
-        checks.group_count(channels, groups)
+        checks.require_group_count(channels, groups)
         super().__init__(channels, groups, eps, affine)
         self.groups = groups
 
@@ -295,8 +297,8 @@ class ChannelNorm(_Norm):
         Raises:
             ValueError: `x` is not of floating point, is empty, or has no `channels` at axis 1.
         """
-        checks.activation(x, self.channels)
-        checks.several_values_in_a_group(x.shape, self.groups)
+        checks.require_input(x, self.channels)
+        _warn_of_groups_of_one_value(x.shape, self.groups)
         # [batch, channels, *] -> [batch, groups, channels / groups, *]
         grouped = widen(x).unflatten(1, (self.groups, -1))
         mean, var = _moments(grouped, axes=range(2, grouped.dim()))
@@ -388,7 +390,7 @@ class BatchChannelNorm(nn.Module):
         Raises:
             ValueError: `x` is not of floating point, is empty, or has no `channels` at axis 1.
         """
-        checks.floating_point(x.dtype)
+        checks.require_floating_point(x.dtype)
         # Widened here, so that a half-precision result is rounded once and not between the stages.
         y = self.batch_norm(widen(x))
         y = self.channel_norm(y)
@@ -459,3 +461,24 @@ def _all_axes_but_1(x: Tensor) -> tuple[int, ...]:
 def _along_axis_1(values: Tensor, x: Tensor) -> Tensor:
     """Lay one value for each channel, or group, out along axis 1 of `x`."""
     return values.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+def _warn_of_single_values(shape: Sequence[int]) -> None:
+    """Warn if each channel has one value; a compiled graph has no place for a warning."""
+    if not torch.compiler.is_compiling() and math.prod(shape) == shape[1]:
+        warnings.warn(
+            f"The batch has a single value per channel (its shape is {tuple(shape)}), so its "
+            "variance is 0 and a batch norm in training learns nothing from it. Use a larger "
+            "batch, or evaluate with .eval().",
+            stacklevel=2,
+        )
+
+
+def _warn_of_groups_of_one_value(shape: Sequence[int], groups: int) -> None:
+    """Warn if each group has one value; a compiled graph has no place for a warning."""
+    if not torch.compiler.is_compiling() and math.prod(shape[1:]) == groups:
+        warnings.warn(
+            f"Each of the {groups} groups has a single value (the shape is {tuple(shape)}), so the "
+            "output is the shift, whatever the input. Use fewer groups.",
+            stacklevel=2,
+        )

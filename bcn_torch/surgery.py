@@ -121,14 +121,14 @@ def convert_batch_norm(
     Source: in the manner of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
     if momentum is not None:
-        checks.momentum(momentum)
+        checks.require_momentum(momentum)
     kept = {
         module
         for name, module in model.named_modules(remove_duplicate=False)
         if leave and isinstance(module, _BatchNorm | _ConvNd) and leave(name, module)
     }
     norms = {m for m in model.modules() if isinstance(m, _BatchNorm)} - kept
-    checks.has_torch_batch_norm(norms)
+    _require_torch_batch_norm(norms)
     convolutions: set[_ConvNd] = set()
     if ws:
         before = _defined_before(norms, model)
@@ -140,7 +140,7 @@ def convert_batch_norm(
         if isinstance(module, _BatchNorm):
             like = _first_floating_point(module, model)
             return _batch_channel_norm(module, groups, estimate, momentum, like)
-        checks.not_parametrized(module)
+        _refuse_parametrized(module)
         return _remade(module, STANDARDIZED[type(module)], module.weight, module.bias)
 
     replacements: dict[nn.Module, nn.Module] = {}
@@ -151,7 +151,7 @@ def convert_batch_norm(
                 replacements[module] = converted(module)
             except ValueError as error:
                 complaints.append(f"{name or 'the model itself'}: {error}")
-    checks.all_convertible(complaints)
+    _require_convertible(complaints)
     return _copy_with(replacements, model)
 
 
@@ -182,7 +182,7 @@ def _defined_before(norms: set[_BatchNorm], model: nn.Module) -> set[_ConvNd]:
         if isinstance(layer, _ConvNd) and type_before_parametrizations(layer) in STANDARDIZED
     ]
     names = {module: name for name, module in model.named_modules()}
-    checks.before_one_norm([names[layer] for layer, n in Counter(layers).items() if n > 1])
+    _require_one_norm_each([names[layer] for layer, n in Counter(layers).items() if n > 1])
     return set(layers)
 
 
@@ -203,10 +203,10 @@ def _batch_channel_norm(
     norm: _BatchNorm, groups: int | None, estimate: bool, momentum: float | None, like: Tensor
 ) -> BatchChannelNorm:
     """A batch-channel norm that takes over what `norm` has, of the dtype and device of `like`."""
-    checks.not_lazy(norm)
-    checks.own_forward(norm, (_BatchNorm, nn.SyncBatchNorm))
-    checks.not_parametrized(norm)
-    momentum = checks.moving_average(norm.momentum if momentum is None else momentum)
+    _refuse_lazy(norm)
+    _refuse_own_forward(norm, (_BatchNorm, nn.SyncBatchNorm))
+    _refuse_parametrized(norm)
+    momentum = _require_moving_average(norm.momentum if momentum is None else momentum)
     channels = norm.num_features
     if groups is None:
         groups = max(d for d in range(1, 33) if channels % d == 0 and (d == 1 or channels >= 2 * d))
@@ -284,8 +284,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -
     arXiv 2105.07576.
     """
     names = {m: name for name, m in model.named_modules() if isinstance(m, BatchNorm)}
-    checks.has_batch_norm(names)
-    checks.several_batches(batches)
+    _require_batch_norm(names)
+    _require_several_batches(batches)
     values = dict.fromkeys(names, 0)
 
     def average(norm: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -300,14 +300,14 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -
             hooks.callback(norm.register_forward_pre_hook(average, with_kwargs=True).remove)
         for batch in batches:
             model(*batch) if isinstance(batch, tuple) else model(batch)
-        checks.reached(values.values())
+        _require_reached(values.values())
 
 
 def _average(norm: BatchNorm, x: Tensor, before: int, name: str) -> None:
     """Average the moments of `x` into the estimates, which are those of so many values before."""
     n = x.numel() // norm.channels
     mu, sigma2 = (moment.flatten() for moment in batch_moments(x))
-    checks.finite_moments(mu, sigma2, name)
+    _require_finite(mu, sigma2, name)
     if norm.running_variance == "unbiased":
         sigma2 = sigma2 * (n / max(n - 1, 1))
     if not before:
@@ -394,7 +394,7 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
         if isinstance(layer, Layer) and (layer in norm_after or type(layer) in PLAIN)
         if "weight" in layer._parameters
     }
-    checks.foldable(replacements)
+    _require_foldable(replacements)
     for norm in norm_after.values():
         rest = norm.channel_norm if isinstance(norm, BatchChannelNorm) else nn.Identity()
         replacements[norm] = rest
@@ -558,3 +558,107 @@ def _exact(values: Tensor | None, otherwise: float = 0) -> Tensor:
     if values is None:
         return torch.tensor(otherwise, dtype=torch.float64)
     return values.detach().to("cpu", torch.float64)
+
+
+def _require_moving_average(momentum: float | None) -> float:
+    if momentum is None:
+        raise ValueError(
+            "momentum=None, a cumulative average, has no counterpart here. Give a momentum, for "
+            "example momentum=0.1."
+        )
+    return momentum
+
+
+def _refuse_lazy(module: nn.Module) -> None:
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        raise ValueError(
+            f"A {type(module).__name__} does not know its size yet. Run the model on a batch first."
+        )
+
+
+def _refuse_own_forward(module: nn.Module, known: Iterable[type[nn.Module]]) -> None:
+    if type(module).forward not in [kind.forward for kind in known]:
+        raise ValueError(
+            f"{type(module).__name__} has a forward of its own, which a conversion would lose. "
+            "Convert it by hand, or leave it as it is with leave."
+        )
+
+
+def _refuse_parametrized(module: nn.Module) -> None:
+    computed = [name for name in ("weight", "bias") if name not in module._parameters]
+    if computed:
+        raise ValueError(
+            f"The {' and '.join(computed)} of this {type(module).__name__} is computed by a "
+            "parametrization, such as weight_norm or spectral_norm, which a conversion would lose. "
+            "Remove it first, or leave the module as it is with leave."
+        )
+
+
+def _require_convertible(complaints: Sequence[str]) -> None:
+    if complaints:
+        raise ValueError(
+            f"Nothing was converted, because of {len(complaints)} of the modules, which can also "
+            "be left as they are with leave=lambda name, module: name in {...}:\n"
+            + "\n".join(complaints)
+        )
+
+
+def _require_torch_batch_norm(norms: Collection[nn.Module]) -> None:
+    if not norms:
+        raise ValueError(
+            "The model must have a batch norm of torch.nn to convert, but it has none that is not "
+            "to be left as it is."
+        )
+
+
+def _require_one_norm_each(names: Sequence[str]) -> None:
+    if names:
+        raise ValueError(
+            "The convolution before each norm must be clear from the order in which the modules "
+            f"are defined, but by that order {', '.join(names)} would be before several norms. "
+            "Give example_inputs, which show where the outputs of the convolutions go."
+        )
+
+
+def _require_several_batches(batches: object) -> None:
+    if isinstance(batches, Tensor):
+        raise ValueError(
+            "The batches must be an iterable of inputs, but they are one tensor of shape "
+            f"{tuple(batches.shape)}. For a single batch, put it in a list."
+        )
+
+
+def _require_foldable(replacements: Collection[nn.Module]) -> None:
+    if not replacements:
+        raise ValueError(
+            "The model must have something to fold, a standardized weight, or a batch norm of "
+            "bcn_torch that alone uses the output of a convolution or linear layer, but on the "
+            "example there was neither. Convert the norms of torch.nn with convert_batch_norm."
+        )
+
+
+def _require_batch_norm(norms: Collection[nn.Module]) -> None:
+    if not norms:
+        raise ValueError(
+            "The model must have a BatchNorm, EstimatedBatchNorm or BatchChannelNorm of bcn_torch, "
+            "but it has none. Convert those of torch.nn with convert_batch_norm."
+        )
+
+
+def _require_reached(samples: Iterable[int]) -> None:
+    if not any(samples):
+        raise ValueError(
+            "The batches must reach a batch norm at least once, but none did. Give at least one "
+            "batch (an iterator can be used once only), and the model as it was before "
+            "torch.compile."
+        )
+
+
+def _require_finite(mean: Tensor, var: Tensor, name: str) -> None:
+    bad = (~(mean.isfinite() & var.isfinite())).flatten().nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"The mean and variance of every channel must be finite, but at {name!r} those of the "
+            f"channels {', '.join(map(str, bad))} are not. The statistics are as they were before; "
+            "leave the batch out."
+        )

@@ -72,7 +72,7 @@ class VGG(nn.Module):
             ValueError: an argument is out of its range, or groups do not divide the channels.
         """
         super().__init__()
-        checks.blocks(blocks)
+        _require_blocks(blocks)
         make_conv = partial(WSConv2d, standardization=standardization) if ws else nn.Conv2d
         bcn = partial(
             BatchChannelNorm,
@@ -90,7 +90,7 @@ class VGG(nn.Module):
             "gn": lambda channels: [_group_norm(channels, groups, eps)],
             "none": lambda channels: [],
         }
-        checks.one_of("norm", norm, make_norm)
+        checks.require_one_of("norm", norm, make_norm)
         self.in_channels = in_channels
         self.halvings = len(blocks)
         layers: list[nn.Module] = []
@@ -110,11 +110,37 @@ class VGG(nn.Module):
         Raises:
             ValueError: `x` is no such batch, or its images are too small.
         """
-        checks.image_batch(x, self.in_channels, self.halvings)
+        _require_images(x, self.in_channels, self.halvings)
         return self.fc(self.layers(x).mean((2, 3)))
 
 
 def _group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
-    checks.group_count(channels, groups)
-    checks.eps(eps)
+    checks.require_group_count(channels, groups)
+    checks.require_eps(eps)
     return nn.GroupNorm(groups, channels, eps)
+
+
+def _require_blocks(blocks: Sequence[Sequence[int]]) -> None:
+    if not blocks or not all(blocks):
+        raise ValueError(
+            "blocks must have at least one block, and each block at least one convolution, but "
+            f"blocks={blocks!r}. Give each block the output channels of its convolutions, for "
+            "example ((64, 64), (128, 128))."
+        )
+
+
+def _require_images(x: Tensor, channels: int, halvings: int) -> None:
+    if x.dim() != 4:
+        raise ValueError(
+            "The input must be a batch of images, [batch, channels, height, width], but its shape "
+            f"is {tuple(x.shape)}. For a single image, add the batch axis with x[None]."
+        )
+    checks.require_input(x, channels)
+    height, width = x.shape[2:]
+    smallest = 2**halvings
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"The images are {height}x{width}, too small for {halvings} blocks, each of which "
+            f"halves them: the smallest size is {smallest}x{smallest}. Use larger images, or fewer "
+            "blocks."
+        )

@@ -1,5 +1,7 @@
 """Weight standardization, and the layers that use it."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -72,10 +74,10 @@ def standardize_weight(
     Source: Qiao et al., arXiv 1903.10520; by default unbiased variance and eps inside the root as
     in the annotated implementation (`labml_nn/normalization/weight_standardization`).
     """
-    checks.floating_point(weight.dtype, "weight")
-    checks.fan_in(weight.shape)
-    _check(standardization)
-    checks.gain(weight.shape, standardization.gain, gain)
+    checks.require_floating_point(weight.dtype, "weight")
+    _require_fan_in(weight.shape)
+    _require_standardization(standardization)
+    _require_gain(weight.shape, standardization.gain, gain)
     w = widen(weight)
     axes = tuple(range(1, w.dim()))
     # N, the fan-in: how many weights an output channel has
@@ -89,12 +91,6 @@ def standardize_weight(
     if gain is not None:
         w_hat = w_hat * widen(gain).view(-1, *(1,) * len(axes))
     return w_hat.to(weight.dtype)
-
-
-def _check(standardization: Standardization) -> None:
-    checks.eps(standardization.eps)
-    checks.one_of("eps_role", standardization.eps_role, get_args(EpsRole))
-    checks.gamma(standardization.gamma)
 
 
 def _divisor(var: Tensor, n: int, standardization: Standardization) -> Tensor:
@@ -136,7 +132,7 @@ class WSLayer(nn.Module):
             ValueError: an output channel would have a single weight (fan-in 1), or the
                 standardization has an argument out of its range.
         """
-        _check(standardization)
+        _require_standardization(standardization)
         super().__init__(*args, **kwargs)
         self.standardization = standardization
         gain = nn.Parameter(self.weight.new_ones(len(self.weight)))
@@ -144,7 +140,7 @@ class WSLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights; refuse here, while the layer is being made, a fan-in of 1."""
-        checks.fan_in(self.weight.shape)
+        _require_fan_in(self.weight.shape)
         super().reset_parameters()  # type: ignore[misc]  # of PyTorch's layer, the next in line
         # While PyTorch's layer is being made, there is no gain yet.
         gain = self._parameters.get("gain")
@@ -199,3 +195,34 @@ class WSLinear(WSLayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x` by the standardized weight."""
         return nn.functional.linear(x, self._standardized_weight(), self.bias)
+
+
+def _require_fan_in(shape: Sequence[int]) -> None:
+    weights = math.prod(shape[1:])
+    if weights < 2:
+        raise ValueError(
+            "Weight standardization needs at least 2 weights per output channel (fan-in), but a "
+            f"weight of shape {tuple(shape)} has {weights}. Use the layer without weight "
+            "standardization here."
+        )
+
+
+def _require_standardization(standardization: Standardization) -> None:
+    checks.require_eps(standardization.eps)
+    checks.require_one_of("eps_role", standardization.eps_role, get_args(EpsRole))
+    if not 0 < standardization.gamma < math.inf:
+        raise ValueError(
+            f"gamma must be positive and finite, but gamma={standardization.gamma}. Without a "
+            "factor it is 1."
+        )
+
+
+def _require_gain(weight_shape: Sequence[int], wanted: bool, value: Tensor | None) -> None:
+    expected = (weight_shape[0],) if wanted else None
+    given = None if value is None else tuple(value.shape)
+    if given != expected:
+        raise ValueError(
+            "The gain must be None without Standardization(gain=True), and with it have one value "
+            f"for each output channel: for a weight of shape {tuple(weight_shape)} and "
+            f"gain={wanted} its shape must be {expected}, but it is {given}."
+        )
