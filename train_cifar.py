@@ -51,14 +51,14 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from bcn_flax.models import VGG, ResNet
-from bcn_flax.training import checks, data, devices, pictures, results
-from bcn_flax.training.checkpoints import Checkpoints
-from bcn_flax.training.config import FREE, Config, Recipe, as_decided, default_folder, resolve
-from bcn_flax.training.data import Dataset, Split
-from bcn_flax.training.devices import Placement
-from bcn_flax.training.progress import ProgressBar
-from bcn_flax.training.results import Results
-from bcn_flax.training.signals import Signals, Stopped
+from training import checks, data, devices, pictures, results
+from training.checkpoints import Checkpoints
+from training.config import FREE, Config, Recipe, as_decided, default_folder, resolve
+from training.data import Dataset, Split
+from training.devices import Placement
+from training.progress import ProgressBar
+from training.results import Results
+from training.signals import Signals, Stopped
 
 # Evaluation keeps no activations for a backward pass, so its batches may be large.
 EVALUATION_BATCH = 500

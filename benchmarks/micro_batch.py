@@ -23,6 +23,7 @@ from timing import RESULTS, cpu_name  # isort: skip  # sets up the environment, 
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,8 +44,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from bcn_flax.models import VGG
-from bcn_flax.training import data
-from bcn_flax.training.data import Split
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training import data
+from training.data import Split
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "BN": {"norm": "bn", "ws": False},

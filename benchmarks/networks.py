@@ -26,11 +26,11 @@ from jax.sharding import Sharding
 
 from bcn_flax import models
 from bcn_flax.models import resnet
-from bcn_flax.training.config import Config, resolve
-from bcn_flax.training.data import Split
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_cifar
+from training.config import Config, resolve
+from training.data import Split
 
 BATCH, CLASSES = 128, 10
 IMAGES = BATCH  # in the data set, so that its own size does not count

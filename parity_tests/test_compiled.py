@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import bcn_flax.nnx
 import train_cifar
 from bcn_flax import MOMENTS, BatchChannelNorm, BatchNorm, ChannelNorm, EstimatedBatchNorm
-from bcn_flax.training.config import RECIPES, Config
+from training.config import RECIPES, Config
 
 SHAPE = (4, 64, 64, 128)
 X = jax.ShapeDtypeStruct(SHAPE, jnp.float32)

@@ -20,8 +20,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bcn_flax.training.checkpoints import Checkpoints
-from bcn_flax.training.checks import TrainingError
+from training.checkpoints import Checkpoints
+from training.checks import TrainingError
 
 ROOT = Path(__file__).parents[1]
 
@@ -652,8 +652,8 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from bcn_flax.training.checks import TrainingError
-from bcn_flax.training.checkpoints import Checkpoints
+from training.checks import TrainingError
+from training.checkpoints import Checkpoints
 from parity_tests.test_training_checkpoints import assert_same_bits, damage_values
 
 folder = Path(sys.argv[1])

@@ -21,9 +21,9 @@ import pytest
 import rich
 from filelock import FileLock
 
-from bcn_flax.training import data, download
-from bcn_flax.training.cifar import CIFAR10, CIFAR100
 from parity_tests.test_training_data import afresh, message, write_cifar
+from training import data, download
+from training.cifar import CIFAR10, CIFAR100
 
 ARCHIVE = CIFAR10.archive
 
@@ -536,7 +536,7 @@ def test_a_download_killed_halfway_is_begun_anew(tmp_path, remote):
     answers, source, images, labels = remote
     folder = tmp_path / "data"
     program = (
-        "import sys; from pathlib import Path; from bcn_flax.training.download import download; "
+        "import sys; from pathlib import Path; from training.download import download; "
         "download(sys.argv[1], Path(sys.argv[2]), 1, '')"
     )
     part = folder / f".{ARCHIVE}.part"

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bcn_flax.training import data
-from bcn_flax.training.checks import TrainingError
-from bcn_flax.training.cifar import CIFAR10, CIFAR100
-from bcn_flax.training.data import Split
+from training import data
+from training.checks import TrainingError
+from training.cifar import CIFAR10, CIFAR100
+from training.data import Split
 
 KEY = jax.random.key(0)
 

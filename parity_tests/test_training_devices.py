@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import train_cifar
-from bcn_flax.training import data
-from bcn_flax.training.checkpoints import Checkpoints
-from bcn_flax.training.checks import TrainingError
-from bcn_flax.training.config import RECIPES, Config, resolve
-from bcn_flax.training.devices import Placement
 from train_cifar import Trainer
+from training import data
+from training.checkpoints import Checkpoints
+from training.checks import TrainingError
+from training.config import RECIPES, Config, resolve
+from training.devices import Placement
 
 ROOT = Path(train_cifar.__file__).parent
 # Plain gradient descent, which lets roundings stay roundings; Adam would make steps of them.
@@ -81,7 +81,7 @@ def test_processes_that_cannot_be_found_are_said():
 PROCESS = """
 import dataclasses, sys
 import train_cifar
-from bcn_flax.training.config import RECIPES
+from training.config import RECIPES
 RECIPES["digits"] = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
 train_cifar.command_line()
 """

@@ -18,13 +18,13 @@ import PIL.Image
 import pytest
 
 import train_cifar
-from bcn_flax.training import data, pictures
-from bcn_flax.training.checkpoints import Checkpoints
-from bcn_flax.training.checks import TrainingError
-from bcn_flax.training.config import RECIPES, Config, resolve
-from bcn_flax.training.devices import Placement
-from bcn_flax.training.signals import Stopped
 from train_cifar import Trainer
+from training import data, pictures
+from training.checkpoints import Checkpoints
+from training.checks import TrainingError
+from training.config import RECIPES, Config, resolve
+from training.devices import Placement
+from training.signals import Stopped
 
 TIMES = {"seconds", "images_per_second"}
 # A small network, and saves that come often enough to be hit.

@@ -20,16 +20,16 @@ import tyro
 
 import train_cifar
 from bcn_flax.models import ResNet
-from bcn_flax.training import config as configuration
-from bcn_flax.training import data
-from bcn_flax.training.checks import TrainingError
-from bcn_flax.training.config import RECIPES, Config, Recipe
-from bcn_flax.training.data import Split
-from bcn_flax.training.devices import Placement
-from bcn_flax.training.progress import ProgressBar
-from bcn_flax.training.results import Results, new_folder
 from parity_tests.test_training_data import write_cifar10
 from train_cifar import State, Trainer
+from training import config as configuration
+from training import data
+from training.checks import TrainingError
+from training.config import RECIPES, Config, Recipe
+from training.data import Split
+from training.devices import Placement
+from training.progress import ProgressBar
+from training.results import Results, new_folder
 
 ROOT = Path(train_cifar.__file__).parent
 KEY = jax.random.key(0)
@@ -639,7 +639,7 @@ def test_a_complaint_is_a_message_and_not_a_traceback():
 INTERRUPTIBLE = """
 import dataclasses, signal
 import train_cifar
-from bcn_flax.training.config import RECIPES
+from training.config import RECIPES
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit that it is off
 digits = RECIPES["digits"]
 RECIPES["digits"] = dataclasses.replace(digits, blocks=((8,),), groups=4)

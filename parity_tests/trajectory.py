@@ -21,10 +21,10 @@ import torch
 
 import bcn_torch
 from bcn_flax.interop import match
-from bcn_flax.training import data
-from bcn_flax.training.config import RECIPES, Config
 from parity_tests import layout
 from train_cifar import make_model
+from training import data
+from training.config import RECIPES, Config
 
 RECIPE = RECIPES["digits"]
 # Computes in the dtype of its variables.

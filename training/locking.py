@@ -9,7 +9,7 @@ import numpy as np
 from filelock import BaseFileLock, FileLock, Timeout
 from jax.experimental import multihost_utils
 
-from bcn_flax.training.checks import TrainingError
+from training.checks import TrainingError
 
 T = TypeVar("T")
 

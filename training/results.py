@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import jax
 
-from bcn_flax.training import checks
-from bcn_flax.training.plots import save_curves
+from training import checks
+from training.plots import save_curves
 
 _CONFIG = "config.json"
 _FILES = (_CONFIG, "metrics.jsonl", "curves.png", "checkpoints")

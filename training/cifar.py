@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from bcn_flax.training import data_checks
-from bcn_flax.training.download import download
+from training import data_checks
+from training.download import download
 
 _SHAPE = (3, 32, 32)  # of an image on disk: one plane after another
 

@@ -27,8 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from bcn_flax.training.checks import TrainingError
-from bcn_flax.training.locking import all_agree, lock, on_first
+from training.checks import TrainingError
+from training.locking import all_agree, lock, on_first
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ import sklearn.model_selection
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from bcn_flax.training import checks, cifar
-from bcn_flax.training.cifar import Source
+from training import checks, cifar
+from training.cifar import Source
 
 Images = UInt8[Array | np.ndarray, "n h w c"]
 Labels = Int[Array | np.ndarray, " n"]

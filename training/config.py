@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 
 from bcn_flax.models import Norm
 from bcn_flax.models.resnet import WIDTHS
-from bcn_flax.training import checks
-from bcn_flax.training.data import DatasetName
+from training import checks
+from training.data import DatasetName
 
 Network = Literal["vgg", "resnet"]
 Optimizer = Literal["adam", "sgd"]

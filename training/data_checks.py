@@ -6,7 +6,7 @@ from pathlib import Path
 
 from requests.exceptions import RequestException
 
-from bcn_flax.training.checks import TrainingError
+from training.checks import TrainingError
 
 
 @contextmanager

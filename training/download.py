@@ -17,7 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from bcn_flax.training import data_checks
+from training import data_checks
 
 _SILENCE = 30.0  # seconds without a byte, after which the server is given up
 _CHUNK = 2**17  # bytes

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
-from bcn_flax.training import checks
+from training import checks
 
 
 def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

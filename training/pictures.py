@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from bcn_flax.training import checks
+from training import checks
 
 _MODES = {1: "L", 3: "RGB"}
 

@@ -1,0 +1,1 @@
+"""What `train_cifar.py`, its only user, is built on. Not part of the installed package."""
