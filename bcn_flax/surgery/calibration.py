@@ -1,7 +1,7 @@
-"""What recalibration does with each batch, in linen and in NNX."""
+"""What recalibration does with each batch, for linen and for NNX."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,19 @@ from bcn_flax import norms
 from bcn_flax.affine import Moments, pool_batch
 from bcn_flax.norms import RunningVariance
 from bcn_flax.passes import widen
-from bcn_flax.surgery import checks
 
-Leaves = Mapping[tuple[str, ...], Any]
+State = TypeVar("State")
+Statistics = Mapping[tuple[Hashable, ...], Array]
 
 
 class Average(NamedTuple):
-    """The average of so many values, the weight: all arrays `(c,)`. At 0 it is yet to be taken."""
+    """The average over `weight` values; where that is 0, `mean` and `var` are not used.
+
+    Attributes:
+        mean: `(c,)`.
+        var: `(c,)`.
+        weight: `(c,)`, the number of values.
+    """
 
     mean: Array
     var: Array
@@ -26,41 +32,72 @@ class Average(NamedTuple):
 
 
 class Static(NamedTuple):
-    """What of the arguments of a model is no array; hashable, for `jax.jit`."""
+    """The arguments of a model that are not arrays; hashable, for `jax.jit`."""
 
     tree: Any
     leaves: tuple[Any, ...]
 
 
-def arguments(batches: Iterable[Any]) -> Iterator[tuple[list[Any], Static]]:
-    """The positional arguments of the model for each batch: the arrays, and the rest.
+def average(
+    step: Callable[[State, list[Any], Static], State],
+    state: State,
+    statistics: Callable[[State], Statistics],
+    batches: Iterable[Any],
+) -> Statistics:
+    """The averages over `batches`, of the norms that were called.
+
+    Args:
+        step: runs the model on one batch; `join` makes its arguments. Returns the next state.
+        state: the state to start from, all weights 0.
+        statistics: reads the fields of each norm's `Average` from a state, as `(*norm, field)`.
+        batches: inputs, each an array, or a tuple of the positional arguments of the model.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or no norms, or a batch has values that are not finite.
     """
-    seen = 0
+    if isinstance(batches, jax.Array | np.ndarray):
+        raise ValueError(
+            "The batches must be an iterable of inputs, but they are one array of shape "
+            f"{batches.shape}. For a single batch, put it in a list."
+        )
+    called: Statistics = {}
+    empty = True
     for batch in batches:
-        seen += 1
-        leaves, tree = jax.tree.flatten(batch if isinstance(batch, tuple) else (batch,))
-        is_array = [isinstance(leaf, Array | np.ndarray) for leaf in leaves]
-        arrays = [x if yes else None for x, yes in zip(leaves, is_array, strict=True)]
-        rest = tuple(None if yes else x for x, yes in zip(leaves, is_array, strict=True))
-        yield arrays, Static(tree, rest)
-    checks.batches(seen)
+        empty = False
+        state = step(state, *_split(batch))
+        called = _called(statistics(state))
+        _require_finite(called)
+    if empty:
+        raise ValueError("Recalibration needs at least one batch, but there was none.")
+    if not called:
+        raise ValueError(
+            "The batches must reach norms of this library with running averages, BatchNorm, "
+            "EstimatedBatchNorm or BatchChannelNorm, but the model called none on them."
+        )
+    return called
 
 
-def whole(arrays: list[Any], static: Static) -> tuple[Any, ...]:
-    """The arguments again."""
+def _split(batch: Any) -> tuple[list[Any], Static]:
+    """The arrays among the arguments of the model, and the rest."""
+    leaves, tree = jax.tree.flatten(batch if isinstance(batch, tuple) else (batch,))
+    is_array = [isinstance(leaf, Array | np.ndarray) for leaf in leaves]
+    arrays = [x if yes else None for x, yes in zip(leaves, is_array, strict=True)]
+    rest = tuple(None if yes else x for x, yes in zip(leaves, is_array, strict=True))
+    return arrays, Static(tree, rest)
+
+
+def join(arrays: list[Any], static: Static) -> tuple[Any, ...]:
+    """The positional arguments of the model, from their arrays and the rest."""
     leaves = [x if y is None else y for x, y in zip(arrays, static.leaves, strict=True)]
     args: tuple[Any, ...] = jax.tree.unflatten(static.tree, leaves)
     return args
 
 
-def absorb(average: Average, m: Moments, running_variance: RunningVariance) -> Average:
-    """Average an input with moments `m` in, every value with the same weight.
+def update(average: Average, m: Moments, running_variance: RunningVariance) -> Average:
+    """The average with an input of moments `m` added, every value with the same weight.
 
-    The variances average as they are, around the mean of each input, for it is they that enter the
-    running average in training; around the running mean, with the variance of the means.
+    As in training, the variance that is averaged is that of each input around its own mean. Around
+    the running mean, the variance of those means is added.
     """
     batch = pool_batch(m)
     size = jnp.broadcast_to(jnp.asarray(batch.weight), batch.mean.shape)[0]
@@ -72,23 +109,25 @@ def absorb(average: Average, m: Moments, running_variance: RunningVariance) -> A
     var = (1 - rate) * var + rate * new
     if running_variance == "around_running_mean":
         var = var + rate * (1 - rate) * jnp.square(change)
-    absorbed = Average(mean + rate * change, var, total)
+    updated = Average(mean + rate * change, var, total)
     return Average(
-        *(jnp.where(total > 0, new, old) for new, old in zip(absorbed, average, strict=True))
+        *(jnp.where(total > 0, new, old) for new, old in zip(updated, average, strict=True))
     )
 
 
-def start(stats: Leaves) -> dict[tuple[str, ...], Array]:
-    """Statistics of linen, by path, as averages of nothing: wide, and with a weight of 0."""
-    wide = {path: widen(value) for path, value in stats.items()}
-    weights = {(*p[:-1], "weight"): jnp.zeros_like(v) for p, v in wide.items() if p[-1] == "mean"}
-    return wide | weights
-
-
-def reached(stats: Leaves) -> dict[tuple[str, ...], Array]:
-    """Those of the averages, by path, that have a weight."""
+def _called(statistics: Statistics) -> Statistics:
+    """The means and variances of the norms that were called: they have a weight."""
     return {
         path: value
-        for path, value in stats.items()
-        if path[-1] in ("mean", "var") and bool((stats[(*path[:-1], "weight")] > 0).any())
+        for path, value in statistics.items()
+        if path[-1] in ("mean", "var") and bool((statistics[*path[:-1], "weight"] > 0).any())
     }
+
+
+def _require_finite(statistics: Statistics) -> None:
+    if not all(np.isfinite(s).all() for s in statistics.values()):
+        raise ValueError(
+            "Statistics can only be taken from finite values, but in one of the batches the input "
+            "of a norm was infinite or NaN, or its variance overflowed. Leave that batch out; "
+            "nothing was changed."
+        )

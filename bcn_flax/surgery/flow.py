@@ -1,9 +1,13 @@
-"""Which convolution feeds which norm: seen in a forward pass, not guessed from names or order."""
+"""Which norm reads which layer's output: seen in a forward pass, not guessed from names or order.
+
+linen and NNX each have a function `run(observer)`, which runs the model and tells the observer of
+the layers and norms that are called. The rest is here, for both.
+"""
 
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from itertools import chain
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,88 +15,117 @@ import numpy as np
 from jax import Array
 
 Path = TypeVar("Path", bound=Hashable)
-Poison = Callable[[Array], Array]
+PathArgument = TypeVar("PathArgument", bound=Hashable, contravariant=True)
 
 
-class Flow(Generic[Path]):
-    """The calls of the layers of interest in one forward pass, each under its module's path."""
+class Observer(Protocol[PathArgument]):
+    """Sees, and may replace, what layers return and what norms are given.
+
+    `foldable` is false if the module is called in a way that a folded one could not be.
+    """
+
+    def layer_output(self, layer: PathArgument, y: Array, foldable: bool) -> Array:
+        """Return the array to use as the output `y` of `layer`."""
+
+    def norm_input(self, norm: PathArgument, x: Array, foldable: bool) -> Array:
+        """Return the array to use as the input `x` of `norm`."""
+
+
+Run = Callable[[Observer[Path]], Any]
+
+
+class Calls(Generic[Path]):
+    """An observer that records the calls of layers and norms."""
 
     def __init__(self) -> None:
-        """Start before the first call."""
+        """Start with no calls."""
+        self._count: Counter[Path] = Counter()
         self._outputs: list[tuple[Path, Array]] = []
         self._inputs: list[tuple[Path, Array]] = []
 
-    def produce(self, path: Path, y: Array) -> None:
-        """Note that the convolution at `path` gave `y`."""
-        self._outputs.append((path, y))
+    def layer_output(self, layer: Path, y: Array, foldable: bool) -> Array:
+        """Record that `layer` returned `y`."""
+        self._count[layer] += 1
+        if foldable:
+            self._outputs.append((layer, y))
+        return y
 
-    def consume(self, path: Path, x: Array) -> None:
-        """Note that the norm at `path` was given `x`."""
-        self._inputs.append((path, x))
+    def norm_input(self, norm: Path, x: Array, foldable: bool) -> Array:
+        """Record that `norm` was given `x`."""
+        self._count[norm] += 1
+        if foldable:
+            self._inputs.append((norm, x))
+        return x
 
     @property
-    def producers(self) -> set[Path]:
-        """The convolutions that were called."""
-        return {path for path, _ in self._outputs}
+    def layers(self) -> list[Path]:
+        """The layers with a foldable call, in the order of their first one."""
+        return list(dict.fromkeys(layer for layer, _ in self._outputs))
 
     def pairs(self) -> list[tuple[Path, Path]]:
-        """A convolution and the norm that was given its very output, for each such call."""
+        """Each call of a norm on the very output of a layer, as (layer, norm)."""
         # The arrays are held here, so that no two of them have had the same id.
-        made_by = {id(y): path for path, y in self._outputs}
+        made_by = {id(y): layer for layer, y in self._outputs}
         return [(made_by[id(x)], norm) for norm, x in self._inputs if id(x) in made_by]
 
     def one_to_one(self) -> dict[Path, Path]:
-        """The norm after each convolution, where both ran once and neither has another partner."""
-        calls = Counter(path for path, _ in self._outputs + self._inputs)
-        partners = Counter(chain.from_iterable(self.pairs()))
+        """The norm after each layer, if both ran once and neither has another partner."""
+        pairs = self.pairs()
+        partners = Counter(chain.from_iterable(pairs))
         return {
-            conv: norm
-            for conv, norm in self.pairs()
-            if all(partners[path] == calls[path] == 1 for path in (conv, norm))
+            layer: norm
+            for layer, norm in pairs
+            if all(partners[path] == self._count[path] == 1 for path in (layer, norm))
         }
 
 
-class Detour(Generic[Path]):
-    """A forward pass in which some norms get the outputs of their convolutions, and nobody else.
+def record(run: Run[Path]) -> Calls[Path]:
+    """The calls of layers and norms while the model is traced."""
+    calls: Calls[Path] = Calls()
 
-    All others get poison. If the network gives what it always gives, there are no others.
+    def forward() -> None:
+        run(calls)
+
+    jax.eval_shape(forward)
+    return calls
+
+
+def sole_readers(calls: Calls[Path], run: Run[Path]) -> dict[Path, Path]:
+    """The norm after each layer, if nothing but that norm reads the layer's output.
+
+    To every other reader the output is replaced, first by NaN and then by large random numbers. If
+    the model still returns the same, there is no other reader.
     """
+    norm_after = calls.one_to_one()
+    expected = run(_Replacement({}, _nan))
 
-    def __init__(self, norm_after: dict[Path, Path], poison: Poison) -> None:
-        """Of these pairs of convolution and norm."""
-        self._conv_before = {norm: conv for conv, norm in norm_after.items()}
-        self._poison = poison
-        self._hidden: dict[Path, Array] = {}
+    def unread(pairs: dict[Path, Path]) -> bool:
+        replaced = (run(_Replacement(pairs, values)) for values in (_nan, _noise))
+        return all(_same(actual, expected) for actual in replaced)
 
-    def leave(self, path: Path, y: Array) -> Array:
-        """What the convolution at `path` is to give in the place of `y`."""
-        if path not in self._conv_before.values():
-            return y
-        self._hidden[path] = y
-        return self._poison(y)
-
-    def enter(self, path: Path, x: Array) -> Array:
-        """What the norm at `path` is to get in the place of `x`."""
-        return self._hidden[self._conv_before[path]] if path in self._conv_before else x
-
-
-def without_forks(
-    norm_after: dict[Path, Path], run: Callable[[Detour[Path]], Any]
-) -> dict[Path, Path]:
-    """Those pairs where the output of the convolution goes to the norm and nowhere else.
-
-    Args:
-        norm_after: the norm after each convolution.
-        run: gives the output of the network for a detour.
-    """
-    expected = run(Detour({}, jnp.zeros_like))
-
-    def alone(pairs: dict[Path, Path]) -> bool:
-        return all(_same(run(Detour(pairs, poison)), expected) for poison in (_nan, _noise))
-
-    if alone(norm_after):
+    if unread(norm_after):
         return norm_after
-    return {conv: norm for conv, norm in norm_after.items() if alone({conv: norm})}
+    return {layer: norm for layer, norm in norm_after.items() if unread({layer: norm})}
+
+
+class _Replacement(Generic[Path]):
+    """An observer that replaces the outputs of layers, except as inputs of the norms after them."""
+
+    def __init__(self, norm_after: dict[Path, Path], values: Callable[[Array], Array]) -> None:
+        self._layer_before = {norm: layer for layer, norm in norm_after.items()}
+        self._values = values
+        self._outputs: dict[Path, Array] = {}
+
+    def layer_output(self, layer: Path, y: Array, foldable: bool) -> Array:
+        del foldable
+        if layer not in self._layer_before.values():
+            return y
+        self._outputs[layer] = y
+        return self._values(y)
+
+    def norm_input(self, norm: Path, x: Array, foldable: bool) -> Array:
+        del foldable
+        return self._outputs[self._layer_before[norm]] if norm in self._layer_before else x
 
 
 def _nan(y: Array) -> Array:
@@ -100,7 +133,7 @@ def _nan(y: Array) -> Array:
 
 
 def _noise(y: Array) -> Array:
-    """For outputs that hide NaN, such as the index of the largest value."""
+    """For outputs in which NaN does not show, such as the index of the largest value."""
     return 1e4 * jax.random.normal(jax.random.key(0), y.shape, y.dtype)
 
 
@@ -111,3 +144,13 @@ def _same(actual: Any, expected: Any) -> bool:
 
 def _inexact(x: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
+
+
+def require_foldable(layers: Collection[object]) -> None:
+    """Raise a `ValueError` if no layer can be folded."""
+    if not layers:
+        raise ValueError(
+            "The model must have something to fold, a standardized kernel, or a batch norm of this "
+            "library right after a convolution or dense layer, but on the example input neither "
+            "was called."
+        )

@@ -30,7 +30,7 @@ class Convolution(NamedTuple):
         kernel: `(*window, in, out)`, or another order with `out` along `axis`.
         bias: `(out,)`.
         axis: the output channel's, in the kernel.
-        standardization: of the kernel; None where it is used as it is.
+        standardization: of the kernel; None if it is used as it is.
         gain: of the standardization, `(out,)`.
         mask: of the kernel, zeros and ones.
     """
@@ -43,11 +43,23 @@ class Convolution(NamedTuple):
     mask: Array | None = None
 
 
+def describe(layer: Any, kernel: Array, bias: Array | None, gain: Array | None) -> Convolution:
+    """The weights of `layer`, a linen or NNX module: both name these attributes alike."""
+    return Convolution(
+        kernel,
+        bias,
+        axis=-2 if getattr(layer, "transpose_kernel", False) else -1,
+        standardization=getattr(layer, "standardization", None),
+        gain=gain,
+        mask=getattr(layer, "mask", None),
+    )
+
+
 def fold(conv: Convolution, norm: BatchNorm | None) -> dict[str, jax.Array]:
     """The `kernel` and `bias` of one plain layer that does what `conv` and then `norm` do.
 
-    Computed in float64 and rounded once, to the kernel's dtype. Without a norm, a layer that has no
-    bias gets none.
+    Computed in float64 and rounded once, to the kernel's dtype. Without a norm, a layer without a
+    bias stays without one.
     """
     with jax.enable_x64(True):
         kernel, bias = _wide(conv.kernel), _wide(conv.bias)

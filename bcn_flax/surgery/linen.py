@@ -1,20 +1,22 @@
 """Operations on linen models and their variables.
 
-There is nothing to convert in a linen model, whose modules are made in its code: let it take their
-classes as attributes, `conv: Any = nn.Conv` and `norm: Any = nn.BatchNorm`, and give it others.
+A linen model cannot be converted, because its own code makes its modules. Write it with their
+classes as attributes, `conv: Any = nn.Conv` and `norm: Any = nn.BatchNorm`, and pass others.
 """
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bcn_flax.checks import require_running_average_flag
 from bcn_flax.linen import (
     BatchChannelNorm,
     BatchNorm,
@@ -24,12 +26,12 @@ from bcn_flax.linen import (
     WSDense,
 )
 from bcn_flax.norms import result_dtype
-from bcn_flax.surgery import calibration, checks, folding
-from bcn_flax.surgery.flow import Detour, Flow, without_forks
+from bcn_flax.passes import widen
+from bcn_flax.surgery import calibration, folding
+from bcn_flax.surgery.flow import Observer, record, require_foldable, sole_readers
 
 Path = tuple[str, ...]
 Variables = Mapping[str, Any]
-OnCall = Callable[[Any, Any], Any]
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv: nn.Conv,
@@ -44,13 +46,13 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 def recalibrate(
     model: nn.Module, variables: Variables, batches: Iterable[Any], **kwargs: Any
 ) -> dict[str, Any]:
-    """The variables with all running averages taken anew, from `batches`.
+    """The variables, with their running statistics replaced by averages over `batches`.
 
-    For a model that moves to other data, or whose averages went astray. They become the average of
-    what each batch contributes, weighted by its number of values, the old ones being forgotten.
-    Every norm averages first and then normalizes by the average so far, as it will in evaluation;
-    so a single batch makes the whole network agree with itself exactly. All else does as the
-    arguments say.
+    Use it for a model that moves to other data, or whose running averages have diverged. Each batch
+    counts by its number of values; old statistics are discarded. Every norm first updates its
+    average and then normalizes by it, as it will in evaluation, so that after a single batch the
+    input of every norm has exactly the stored mean and variance. Everything else in the model runs
+    as the arguments say.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -65,42 +67,41 @@ def recalibrate(
         model: a network with norms of this library.
         variables: its variables.
         batches: inputs, each an array, or a tuple of the positional arguments of the model.
-        kwargs: further arguments of the model, such as those that say that it evaluates.
+        kwargs: further arguments of the model, such as those that make it evaluate.
 
     Raises:
         ValueError: there are no batches, or no norms, or a batch has values that are not finite.
     """
-    checks.several_batches(batches)
     names = calibration.Average._fields
 
-    def average_first(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
+    def update_first(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
         norm = context.module
         if not (isinstance(norm, BatchNorm) and context.method_name == "affine"):
             return next_fun(*fun_args, **fun_kwargs)
         m = fun_args[0]
         old: list[Any] = [norm.get_variable("batch_stats", name) for name in names]
-        average = calibration.absorb(calibration.Average(*old), m, norm.running_variance)
+        average = calibration.update(calibration.Average(*old), m, norm.running_variance)
         for name, value in zip(names, average, strict=True):
             norm.put_variable("batch_stats", name, value)
         return next_fun(m, use_running_average=True, update_stats=False)
 
     @partial(jax.jit, static_argnums=2)
     def step(variables: Variables, arrays: Any, static: calibration.Static) -> Variables:
-        args = calibration.whole(arrays, static)
-        with nn.intercept_methods(average_first):
+        args = calibration.join(arrays, static)
+        with nn.intercept_methods(update_first):
             _, updates = model.apply(variables, *args, mutable=["batch_stats"], **kwargs)
         return {**variables, **updates}
 
+    def statistics(variables: Variables) -> calibration.Statistics:
+        return flatten_dict(variables["batch_stats"])
+
     stats = flatten_dict(variables.get("batch_stats", {}))
-    start = calibration.start(stats)
-    averaged: Variables = {**variables, "batch_stats": unflatten_dict(start)}
-    for arrays, static in calibration.arguments(batches):
-        averaged = step(averaged, arrays, static)
-        checks.finite(calibration.reached(flatten_dict(averaged["batch_stats"])))
-    reached = calibration.reached(flatten_dict(averaged["batch_stats"]))
-    checks.norms(reached)
+    wide = {path: widen(value) for path, value in stats.items()}
+    weights = {(*p[:-1], "weight"): jnp.zeros_like(v) for p, v in wide.items() if p[-1] == "mean"}
+    start: Variables = {**variables, "batch_stats": unflatten_dict(wide | weights)}
+    averages = calibration.average(step, start, statistics, batches)
     after = {
-        path: reached[path].astype(old.dtype) if path in reached else old
+        path: averages[path].astype(old.dtype) if path in averages else old
         for path, old in stats.items()
     }
     return {**variables, "batch_stats": unflatten_dict(after)}
@@ -108,14 +109,14 @@ def recalibrate(
 
 @dataclasses.dataclass(frozen=True)
 class Folded:
-    """A model that has been folded, with the variables to `apply` it to.
+    """A folded model: its variables, and `apply`, which runs it.
 
     Attributes:
-        variables: kernels with their standardization, and the batch norm after them, baked in.
-        model: the model as it was.
-        convolutions: paths of the convolutions that are plain now, with or without a bias.
+        variables: with the standardization, and the batch norm after it, folded into the kernels.
+        model: the model before folding.
+        convolutions: paths of the layers that are plain now, and whether they have a bias.
         norms: paths of the norms of which only a channel norm, or nothing, is left.
-        mark: a name of its own, for `apply`.
+        mark: a unique name, with which `apply` prevents the use of what was compiled before.
     """
 
     variables: dict[str, Any]
@@ -125,16 +126,16 @@ class Folded:
     mark: str
 
     def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
-        """What `model.apply` does, with the folded variables."""
+        """Run the folded model, with the arguments of `model.apply`."""
         simplifying = False
 
         def simplify(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
             nonlocal simplifying
             module = context.module
-            planned = module.path in self.convolutions or module.path in self.norms
-            if simplifying or not planned or context.method_name != "__call__":
+            is_folded = module.path in self.convolutions or module.path in self.norms
+            if simplifying or not is_folded or context.method_name != "__call__":
                 return next_fun(*fun_args, **fun_kwargs)
-            simplifying = True  # until the plain layer is done, whose path may be the same
+            simplifying = True  # the plain layer, called below, may have the same path
             try:
                 if module.path in self.norms:
                     return _without_batch_norm(module, *fun_args, **fun_kwargs)
@@ -149,13 +150,13 @@ class Folded:
 
 
 def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> Folded:
-    """Bake weight standardization and batch norms into the convolutions before them, for inference.
+    """Fold weight standardization and batch norms into the layers before them, for inference.
 
     A standardized kernel becomes a plain one. A batch norm by its running averages, alone or inside
-    `BatchChannelNorm`, goes into the kernel and bias of the convolution or dense layer whose output
-    it is given; the channel norm stays. What stands in another relation stays as it is, such as a
-    norm whose input goes elsewhere too. All this is seen while the example input runs through the
-    model.
+    `BatchChannelNorm`, goes into the kernel and bias of the convolution or dense layer before it;
+    the channel norm stays. Everything else is left unchanged, such as a norm after a layer whose
+    output is also used elsewhere. To find the layer before each norm, the model is run on the
+    example input.
 
     Example:
         >>> from functools import partial
@@ -171,57 +172,37 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
         model: a network with layers of this library.
         variables: its variables.
         args: an example input, and whatever else the model takes.
-        kwargs: those that make the model evaluate among them.
+        kwargs: further arguments of the model, such as those that make it evaluate.
 
     Raises:
         ValueError: there is nothing to fold, or a norm was called in training.
     """
     variables = meta.unbox(variables)
-    flow: Flow[Path] = Flow()
     modules: dict[Path, nn.Module] = {}
 
-    def run(produce: OnCall, consume: OnCall) -> Any:
-        with nn.intercept_methods(partial(_watch, produce=produce, consume=consume)):
+    def run(observer: Observer[Path]) -> Any:
+        intercept = partial(_intercept, observer=observer, modules=modules, variables=variables)
+        with nn.intercept_methods(intercept):
             return model.apply(_marked(variables, _new_mark()), *args, **kwargs)
 
-    def produced(module: nn.Module, y: Any) -> Any:
-        if _is_stored_as_used(module, variables):
-            modules[module.path] = module
-            flow.produce(module.path, y)
-        return y
-
-    def consumed(module: nn.Module, x: Any) -> Any:
-        if module.axis in (-1, x.ndim - 1):
-            modules[module.path] = module
-            flow.consume(module.path, x)
-        return x
-
-    def detour(d: Detour[Path]) -> Any:
-        return run(lambda m, y: d.leave(m.path, y), lambda m, x: d.enter(m.path, x))
-
-    jax.eval_shape(lambda: run(produced, consumed))
-    norm_after = without_forks(flow.one_to_one(), detour)
+    calls = record(run)
+    norm_after = sole_readers(calls, run)
     params = flatten_dict(variables.get("params", {}))
     stats = flatten_dict(variables.get("batch_stats", {}))
     convolutions = {}
-    for path, module in modules.items():
-        standardization = getattr(module, "standardization", None)
-        if type(module) not in _PLAIN or not (standardization or path in norm_after):
+    for path in calls.layers:
+        module = modules[path]
+        if path not in norm_after and getattr(module, "standardization", None) is None:
             continue
-        conv = folding.Convolution(
-            axis=-2 if getattr(module, "transpose_kernel", False) else -1,
-            standardization=standardization,
-            mask=getattr(module, "mask", None),
-            **{name: params.pop((*path, name), None) for name in ("kernel", "bias", "gain")},
-        )
+        weights = [params.pop((*path, name), None) for name in ("kernel", "bias", "gain")]
         norm = None
         if path in norm_after:
             after = norm_after[path]
             norm = _pop_batch_norm(after, modules[after], params, stats)
-        weights = folding.fold(conv, norm)
-        params.update({(*path, name): value for name, value in weights.items()})
-        convolutions[path] = "bias" in weights
-    checks.foldable(convolutions)
+        folded = folding.fold(folding.describe(module, *weights), norm)
+        params.update({(*path, name): value for name, value in folded.items()})
+        convolutions[path] = "bias" in folded
+    require_foldable(convolutions)
     rest = {name: v for name, v in variables.items() if name not in ("params", "batch_stats")}
     return Folded(
         variables={
@@ -243,7 +224,7 @@ def _new_mark() -> str:
 def _marked(variables: Variables, mark: str) -> Variables:
     """The variables with one more beside each kernel.
 
-    Modules under `nn.jit` are traced again only where their variables have another structure, and
+    Modules under `nn.jit` are traced again only if the structure of their variables changes, and
     interceptors see only what is traced.
     """
     params = flatten_dict(variables.get("params", {}))
@@ -251,32 +232,48 @@ def _marked(variables: Variables, mark: str) -> Variables:
     return {**variables, "params": unflatten_dict(params | marks)}
 
 
-def _watch(
-    next_fun: Any, args: Any, kwargs: Any, context: Any, produce: OnCall, consume: OnCall
+def _intercept(
+    next_fun: Any,
+    args: Any,
+    kwargs: Any,
+    context: Any,
+    *,
+    observer: Observer[Path],
+    modules: dict[Path, nn.Module],
+    variables: Variables,
 ) -> Any:
-    """Intercept calls: what a norm gets goes through `consume`, what others give, `produce`."""
+    """Intercept a call: show it to the observer, and keep the module of it in `modules`."""
     module = context.module
     if context.method_name != "__call__":
         return next_fun(*args, **kwargs)
+    modules[module.path] = module
     if isinstance(module, BatchNorm | BatchChannelNorm):
-        _check_evaluation(module, *args, **kwargs)
-        if args:
-            args = (consume(module, args[0]), *args[1:])
-        else:
-            kwargs = {**kwargs, "x": consume(module, kwargs["x"])}
+        _require_evaluation(module, *args, **kwargs)
+        x, *flags = args or (kwargs["x"],)
+        named = {name: value for name, value in kwargs.items() if name != "x"}
+        x = observer.norm_input(module.path, x, foldable=module.axis in (-1, x.ndim - 1))
+        return next_fun(x, *flags, **named)
     y = next_fun(*args, **kwargs)
-    return produce(module, y) if type(module) in _PLAIN else y
+    if type(module) not in _PLAIN:
+        return y
+    return observer.layer_output(module.path, y, _is_stored_as_used(module, variables))
 
 
-def _check_evaluation(
+def _require_evaluation(
     norm: BatchNorm | BatchChannelNorm, x: Any, flag: bool | None = None, **kwargs: Any
 ) -> None:
+    """Raise a `ValueError` if the norm is called in training."""
     flag = kwargs.get("use_running_average", flag)
-    checks.evaluating(type(norm).__name__, norm.use_running_average, flag, "/".join(norm.path))
+    if not require_running_average_flag(type(norm).__name__, norm.use_running_average, flag):
+        raise ValueError(
+            "Folding is for inference, so every norm must use its running averages, but on the "
+            f"example input {'/'.join(norm.path) or 'the model'} was in training. Pass what makes "
+            "the model evaluate, such as train=False."
+        )
 
 
 def _is_stored_as_used(module: nn.Module, variables: Variables) -> bool:
-    """Not so under `nn.scan` and `nn.vmap`, which store the kernels of many layers as one."""
+    """False under `nn.scan` and `nn.vmap`, which store the kernels of many layers in one array."""
     stored = flatten_dict(variables.get("params", {})).get((*module.path, "kernel"))
     return stored is not None and stored.shape == module.variables["params"]["kernel"].shape
 
@@ -309,7 +306,7 @@ def _plain(module: nn.Module, use_bias: bool) -> nn.Module:
 def _without_batch_norm(
     module: nn.Module, x: Any, use_running_average: Any = None, **kwargs: Any
 ) -> Any:
-    """What is left of a norm: its channel norm, or nothing."""
+    """Apply what is left of a folded norm: its channel norm, or nothing."""
     if not isinstance(module, BatchChannelNorm):
         return x.astype(result_dtype(module, x.dtype))
     names = ("axis", "epsilon", "dtype", "param_dtype", "use_bias", "use_scale")

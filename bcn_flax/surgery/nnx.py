@@ -15,12 +15,10 @@ from bcn_flax.checks import require_group_count
 from bcn_flax.nnx import BatchChannelNorm, BatchNorm, WSConv, WSConvTranspose, WSDense
 from bcn_flax.norms import result_dtype
 from bcn_flax.passes import widen
-from bcn_flax.surgery import calibration, checks, folding
-from bcn_flax.surgery.flow import Detour, Flow, without_forks
-from bcn_flax.weight_standardization import require_fan_in
+from bcn_flax.surgery import calibration, folding
+from bcn_flax.surgery.flow import Observer, record, require_foldable, sole_readers
 
 Path = tuple[Any, ...]
-OnCall = Callable[[Path, Any, Any], Any]
 
 _PLAIN: dict[type[nnx.Module], type[nnx.Module]] = {
     nnx.Conv: nnx.Conv,
@@ -43,10 +41,10 @@ def convert_batch_norm(
 ) -> Any:
     """A copy of `model` with `BatchChannelNorm` for `nnx.BatchNorm`, and `WSConv` before it.
 
-    Scales, biases, statistics and arguments are carried over; one without scale or bias gets such
-    as learn, from 1 and 0. With `ws`, each `nnx.Conv` whose
-    output one of these norms is given becomes a `WSConv` with the same parameters. Standardized
-    kernels give other outputs, so `recalibrate` the result, and then train it further.
+    Scales, biases, statistics and arguments are carried over; missing scales and biases are added
+    as trainable parameters (1 and 0). With `ws`, each `nnx.Conv` whose output is the input of one
+    of these norms becomes a `WSConv` with the same parameters. Standardized kernels give other
+    outputs, so `recalibrate` the result, and then fine-tune it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -60,55 +58,63 @@ def convert_batch_norm(
 
     Args:
         model: an NNX module; it is not changed.
-        args: an example input, which shows what comes before each norm; needed with `ws` only.
-        num_groups: number of groups of channels; None is for each norm the most up to 32, of two
-            channels or more.
-        ws: whether to standardize the weights of the convolutions before.
+        args: an example input, to find the convolution before each norm; needed with `ws` only.
+        num_groups: number of groups of channels; None gives each norm as many as possible, up to
+            32, of two channels or more.
+        ws: whether to standardize the kernels of the convolutions before the norms.
         estimate: see `bcn_flax.linen.BatchChannelNorm`.
         momentum: the weight of the old running average, instead of each norm's own.
-        leave: true for norms and convolutions to leave as they are, given their path, as in
-            "blocks/0/norm", and the module.
+        leave: returns true for each norm and convolution to leave unchanged, given its path, as
+            in "blocks/0/norm", and the module.
 
     Raises:
-        ValueError: some of the norms or convolutions cannot be converted, all of which the message
-            lists; there are none; or an example input is missing.
+        ValueError: there is no norm to convert; some of the norms or convolutions cannot be
+            converted (the message lists all of them); or an example input is missing.
     """
-    if ws:
-        checks.example_input(args)
-    modules = dict(nnx.iter_modules(model))
+    if ws and not args:
+        raise ValueError(
+            "To standardize the weights of the convolution before each norm, an example input is "
+            "needed, which shows where its output goes, but there is none. Call "
+            "convert_batch_norm(model, x), or leave the convolutions as they are, with ws=False."
+        )
+    copy = nnx.clone(model)
+    modules: dict[Path, Any] = dict(nnx.iter_modules(copy))
     left = {p for p, m in modules.items() if leave is not None and leave(_name(p), m)}
-    norms = {p: m for p, m in modules.items() if isinstance(m, nnx.BatchNorm) and p not in left}
-    pairs = _flow(model, args, nnx.BatchNorm, with_flags=True).pairs() if ws else []
-    convolutions: dict[Path, Any] = {
-        conv: modules[conv]
-        for conv, norm in pairs
-        if norm in norms and conv not in left and type(modules[conv]) is nnx.Conv
-    }
-    complaints = [
-        *((p, checks.complaint(checks.plain_batch_norm, type(m))) for p, m in norms.items()),
-        *((p, checks.complaint(checks.one_layer, m.mean.ndim)) for p, m in norms.items()),
-        *((p, checks.complaint(checks.one_axis, m.axis)) for p, m in norms.items()),
-        *((p, checks.complaint(_groups, m.num_features, num_groups)) for p, m in norms.items()),
-        *(
-            (p, checks.complaint(require_fan_in, m.kernel_shape, -1))
-            for p, m in convolutions.items()
-        ),
-    ]
-    checks.convertible([(_name(p), text) for p, text in complaints if text], len(norms))
-
-    def replace(path: Path, node: Any) -> Any:
-        if path in norms:
-            return _batch_channel_norm(node, num_groups, estimate, momentum)
-        return _rebuilt(WSConv, node) if path in convolutions else node
-
-    return nnx.recursive_map(replace, nnx.clone(model))
+    norms = {p for p, m in modules.items() if isinstance(m, nnx.BatchNorm)} - left
+    if not norms:
+        raise ValueError(
+            "The model must have an nnx.BatchNorm to convert, but it has none that is not to be "
+            "left as it is."
+        )
+    run = partial(_run, copy, args, nnx.BatchNorm, with_flags=True)
+    pairs = record(run).pairs() if ws else []
+    convolutions = {
+        conv for conv, norm in pairs if norm in norms and type(modules[conv]) is nnx.Conv
+    } - left
+    converted: dict[Path, Any] = {}
+    problems = []
+    for path, module in modules.items():
+        try:
+            if path in norms:
+                converted[path] = _batch_channel_norm(module, num_groups, estimate, momentum)
+            elif path in convolutions:
+                converted[path] = _rebuilt(WSConv, module)
+        except ValueError as error:
+            problems.append(f"{_name(path)}: {error}")
+    if problems:
+        raise ValueError(
+            "Every module that is to be converted must allow it, but:\n  "
+            + "\n  ".join(problems)
+            + "\nGive other arguments, or leave these modules as they are, with the argument leave."
+        )
+    return nnx.recursive_map(lambda path, node: converted.get(path, node), copy)
 
 
 def recalibrate(model: Any, batches: Iterable[Any]) -> None:
-    """Take all running averages of `model` anew, from `batches`.
+    """Replace the running statistics of `model` by averages over `batches`, in place.
 
-    See `bcn_flax.surgery.linen.recalibrate`. Only the statistics of the model change, and those
-    only when all went well.
+    See `bcn_flax.surgery.linen.recalibrate`. Nothing else in the model changes, and nothing at all
+    if there is an error.
 
     Example:
         >>> import jax
@@ -125,37 +131,38 @@ def recalibrate(model: Any, batches: Iterable[Any]) -> None:
     Raises:
         ValueError: there are no batches, or no norms, or a batch has values that are not finite.
     """
-    checks.several_batches(batches)
     copy = _evaluating(model)
     for norm in _batch_norms(copy):
         norm.mean, norm.var = (nnx.BatchStat(widen(old[...])) for old in (norm.mean, norm.var))
         norm.weight = nnx.BatchStat(jnp.zeros_like(norm.mean[...]))
-    graphdef, state = nnx.split(copy)
+    graphdef, start = nnx.split(copy)
 
     @partial(jax.jit, static_argnums=2)
     def step(state: Any, arrays: Any, static: calibration.Static) -> Any:
         copy = nnx.merge(graphdef, state)
         for norm in _batch_norms(copy):
-            _override(norm, affine=_averaging(type(norm).affine))
-        copy(*calibration.whole(arrays, static))
-        return nnx.state(copy, nnx.BatchStat)
+            _override(norm, affine=_updating(type(norm).affine))
+        copy(*calibration.join(arrays, static))
+        return nnx.merge_state(state, nnx.state(copy, nnx.BatchStat))
 
-    for arrays, static in calibration.arguments(batches):
-        state = nnx.merge_state(state, step(state, arrays, static))
-        nnx.update(copy, state)
-        reached = [norm for norm in _batch_norms(copy) if (norm.weight[...] > 0).any()]
-        checks.finite([(norm.mean[...], norm.var[...]) for norm in reached])
-    checks.norms(reached)
-    for old, new in zip(_batch_norms(model), _batch_norms(copy), strict=True):
-        if new in reached:
-            old.mean[...] = new.mean[...].astype(old.mean.dtype)
-            old.var[...] = new.var[...].astype(old.var.dtype)
+    def statistics(state: Any) -> calibration.Statistics:
+        return {
+            (i, name): getattr(norm, name)[...]
+            for i, norm in enumerate(_batch_norms(nnx.merge(graphdef, state)))
+            for name in calibration.Average._fields
+        }
+
+    averages = calibration.average(step, start, statistics, batches)
+    for i, norm in enumerate(_batch_norms(model)):
+        if (i, "mean") in averages:
+            norm.mean[...] = averages[i, "mean"].astype(norm.mean.dtype)
+            norm.var[...] = averages[i, "var"].astype(norm.var.dtype)
 
 
 def fold(model: Any, *args: Any) -> Any:
-    """Bake weight standardization and batch norms into the convolutions before them, for inference.
+    """Fold weight standardization and batch norms into the layers before them, for inference.
 
-    The result is a plain network that evaluates: `nnx.Conv` for `WSConv`, `ChannelNorm` for
+    The result is a copy of plain layers, in evaluation: `nnx.Conv` for `WSConv`, `ChannelNorm` for
     `BatchChannelNorm`, nothing for a batch norm. See `bcn_flax.surgery.linen.fold`.
 
     Example:
@@ -177,32 +184,22 @@ def fold(model: Any, *args: Any) -> Any:
     Raises:
         ValueError: there is nothing to fold.
     """
-    model = _evaluating(model)
-    modules: dict[Path, Any] = dict(nnx.iter_modules(model))
-    norm_types = (BatchNorm, BatchChannelNorm)
-    flow = _flow(model, args, norm_types, with_flags=False)
-
-    def detour(d: Detour[Path]) -> Any:
-        return _watched(
-            nnx.clone(model),
-            norm_types,
-            lambda path, y, _: d.leave(path, y),
-            lambda path, x, _: d.enter(path, x),
-        )(*args)
-
-    norm_after = without_forks(flow.one_to_one(), detour)
-    norms = set(norm_after.values())
-    standardized = {path for path in flow.producers if _is_standardized(modules[path])}
-    checks.foldable(norms | standardized)
-
-    def replace(path: Path, node: Any) -> Any:
-        if path in norms:
-            return node.channel_norm if isinstance(node, BatchChannelNorm) else _Nothing(node)
-        if path in norm_after or path in standardized:
-            return _folded(node, modules[norm_after[path]] if path in norm_after else None)
-        return node
-
-    return nnx.recursive_map(replace, nnx.clone(model))
+    copy = _evaluating(model)
+    modules: dict[Path, Any] = dict(nnx.iter_modules(copy))
+    run = partial(_run, copy, args, (BatchNorm, BatchChannelNorm), with_flags=False)
+    calls = record(run)
+    norm_after = sole_readers(calls, run)
+    layers = [p for p in calls.layers if p in norm_after or _is_standardized(modules[p])]
+    require_foldable(layers)
+    replacements = {
+        path: _folded(modules[path], modules[norm_after[path]] if path in norm_after else None)
+        for path in layers
+    }
+    for path in norm_after.values():
+        norm = modules[path]
+        is_bcn = isinstance(norm, BatchChannelNorm)
+        replacements[path] = norm.channel_norm if is_bcn else _FoldedBatchNorm(norm)
+    return nnx.recursive_map(lambda path, node: replacements.get(path, node), copy)
 
 
 def _name(path: Path) -> str:
@@ -224,7 +221,7 @@ def _is_standardized(module: Any) -> bool:
 
 
 def _groups(channels: int, num_groups: int | None) -> int:
-    """As many groups as asked for, or the most up to 32, of two channels or more."""
+    """The number of groups, by default as many as possible up to 32, of two channels or more."""
     if num_groups is None:
         divisors = (d for d in range(1, 33) if channels % d == 0)
         num_groups = max(d for d in divisors if d == 1 or channels >= 2 * d)
@@ -234,7 +231,19 @@ def _groups(channels: int, num_groups: int | None) -> int:
 def _batch_channel_norm(
     norm: nnx.BatchNorm, num_groups: int | None, estimate: bool, momentum: float | None
 ) -> BatchChannelNorm:
-    """The norm with a channel norm after it, and the same variables."""
+    """A batch-channel norm with the variables of `norm`."""
+    if type(norm) is not nnx.BatchNorm:
+        raise ValueError(
+            f"Only nnx.BatchNorm itself is converted, but this is a {type(norm).__name__}, whose "
+            "code would be lost."
+        )
+    if norm.mean.ndim != 1:
+        raise ValueError(
+            f"The statistics of a norm must be (num_features,), but they have {norm.mean.ndim} "
+            "axes, as under nnx.vmap or nnx.scan. Convert one of the layers, and stack them then."
+        )
+    if not isinstance(norm.axis, int):
+        raise ValueError(f"The channel axis must be one integer, but axis={norm.axis!r}.")
     names = ("use_running_average", "axis", "epsilon", "dtype", "param_dtype", "axis_name")
     new = BatchChannelNorm(
         norm.num_features,
@@ -252,7 +261,7 @@ def _batch_channel_norm(
 
 
 def _rebuilt(make: Any, module: Any, **changes: Any) -> Any:
-    """Another kind of the same layer, with the same arguments and parameters."""
+    """The same layer as a module of class `make`, with its arguments and parameters."""
     not_kept = {"self", "rngs", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata"}
     init: Any = _PLAIN[type(module)].__init__
     names = inspect.signature(init).parameters.keys() - not_kept
@@ -270,31 +279,23 @@ def _folded(module: Any, norm: BatchNorm | BatchChannelNorm | None) -> Any:
     def value(variable: nnx.Variable[Any] | None) -> Any:
         return None if variable is None else variable[...]
 
-    standardized = _is_standardized(module)
-    conv = folding.Convolution(
-        kernel=value(module.kernel),
-        bias=value(module.bias),
-        axis=-2 if getattr(module, "transpose_kernel", False) else -1,
-        standardization=module.standardization if standardized else None,
-        gain=value(module.gain) if standardized else None,
-        mask=getattr(module, "mask", None),
-    )
+    weights = [value(getattr(module, name, None)) for name in ("kernel", "bias", "gain")]
     batch_norm = None
     if norm is not None:
         inner = norm.batch_norm if isinstance(norm, BatchChannelNorm) else norm
         names = ("mean", "var", "scale", "bias")
         arrays = {name: value(getattr(inner, name)) for name in names}
         batch_norm = folding.BatchNorm(**arrays, epsilon=inner.epsilon)
-    weights = folding.fold(conv, batch_norm)
-    new = _rebuilt(_PLAIN[type(module)], module, use_bias="bias" in weights)
-    new.kernel = module.kernel.replace(weights["kernel"])
-    if "bias" in weights:
-        new.bias = nnx.Param(weights["bias"])
+    folded = folding.fold(folding.describe(module, *weights), batch_norm)
+    new = _rebuilt(_PLAIN[type(module)], module, use_bias="bias" in folded)
+    new.kernel = module.kernel.replace(folded["kernel"])
+    if "bias" in folded:
+        new.bias = nnx.Param(folded["bias"])
     return new
 
 
-class _Nothing(nnx.Module):
-    """What is left of a batch norm that was folded: the type of its result."""
+class _FoldedBatchNorm(nnx.Module):
+    """What is left of a batch norm that was folded: it casts to the type of its result."""
 
     def __init__(self, norm: BatchNorm) -> None:
         self.dtype = norm.dtype
@@ -307,74 +308,57 @@ class _Nothing(nnx.Module):
         return x.astype(result_dtype(self, x.dtype))
 
 
-def _flow(model: Any, args: Any, norms: Any, with_flags: bool) -> Flow[Path]:
-    """What convolutions give and norms get: all norms, or those called on their input alone."""
-    flow: Flow[Path] = Flow()
-    graphdef, state = nnx.split(model)
-    modules: list[tuple[Path, Any]] = list(nnx.iter_modules(model))
-    shapes = {path: m.kernel.shape for path, m in modules if type(m) in _PLAIN}
+def _run(model: Any, args: Any, norms: Any, observer: Observer[Path], *, with_flags: bool) -> Any:
+    """Run a copy of the model, with an observer of its layers, and of its norms of these classes.
 
-    def produce(path: Path, y: Any, module: Any) -> Any:
-        if module.kernel.shape == shapes[path]:  # `nnx.scan` stores kernels of many layers as one
-            flow.produce(path, y)
-        return y
-
-    def consume(path: Path, x: Any, alone: bool) -> Any:
-        if with_flags or alone:
-            flow.consume(path, x)
-        return x
-
-    def forward(state: Any) -> None:
-        _watched(nnx.merge(graphdef, state), norms, produce, consume)(*args)
-
-    jax.eval_shape(forward, state)
-    return flow
-
-
-def _watched(model: Any, norms: Any, produce: OnCall, consume: OnCall) -> Any:
-    """Change the model: what norms get goes through `consume`, what others give, `produce`.
-
-    `produce` is given path, output and module; `consume`, path, input, and whether it was called on
-    that alone.
+    Args:
+        model: an NNX module; it is not changed.
+        args: its arguments.
+        norms: the classes of the norms.
+        observer: sees the calls.
+        with_flags: whether a norm may be called on more than its input.
     """
 
-    def consuming(path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(self: Any, x: Any, *flags: Any, **named: Any) -> Any:
-            if self.axis in (-1, x.ndim - 1):
-                x = consume(path, x, not (flags or named))
-            return call(self, x, *flags, **named)
+    def norm_call(path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(self: Any, x: Any, *flags: Any, **named: Any) -> Any:
+            foldable = self.axis in (-1, x.ndim - 1) and (with_flags or not (flags or named))
+            return call(self, observer.norm_input(path, x, foldable), *flags, **named)
 
-        return watched
+        return observed
 
-    def producing(path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(self: Any, *inputs: Any, **named: Any) -> Any:
-            return produce(path, call(self, *inputs, **named), self)
+    def layer_call(path: Path, shape: Any, call: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(self: Any, *inputs: Any, **named: Any) -> Any:
+            y = call(self, *inputs, **named)
+            # `nnx.scan` and `nnx.vmap` store the kernels of many layers in one array.
+            return observer.layer_output(path, y, foldable=self.kernel.shape == shape)
 
-        return watched
+        return observed
 
-    for path, module in list(nnx.iter_modules(model)):
-        kind: Any = type(module)
+    copy = nnx.clone(model)
+    modules: list[tuple[Path, Any]] = list(nnx.iter_modules(copy))
+    for path, module in modules:
+        kind = type(module)
         if isinstance(module, norms):
-            _override(module, __call__=consuming(path, kind.__call__))
+            _override(module, __call__=norm_call(path, kind.__call__))
         elif kind in _PLAIN:
-            _override(module, __call__=producing(path, kind.__call__))
-    return model
+            _override(module, __call__=layer_call(path, module.kernel.shape, kind.__call__))
+    return copy(*args)
 
 
-def _averaging(affine: Callable[..., Affine]) -> Callable[..., Affine]:
-    """In the place of `BatchNorm.affine`: average, then normalize by the average."""
+def _updating(affine: Callable[..., Affine]) -> Callable[..., Affine]:
+    """A method for `BatchNorm.affine`: update the average, then normalize by it."""
 
-    def averaged(self: Any, m: Moments, use_running_average: bool, update: bool) -> Affine:
+    def updated(self: Any, m: Moments, use_running_average: bool, update: bool) -> Affine:
         del use_running_average, update
         average = calibration.Average(self.mean[...], self.var[...], self.weight[...])
-        average = calibration.absorb(average, m, self.running_variance)
+        average = calibration.update(average, m, self.running_variance)
         self.mean[...], self.var[...], self.weight[...] = average
         return affine(self, m, use_running_average=True, update_stats=False)
 
-    return averaged
+    return updated
 
 
 def _override(module: nnx.Module, **methods: Any) -> None:
-    """Give this one module other methods, by a class of its own."""
+    """Replace methods of this one module, which becomes an instance of a new subclass."""
     kind: Any = type(module)
     object.__setattr__(module, "__class__", type(kind)(kind.__name__, (kind,), methods))
