@@ -21,7 +21,7 @@ from bcn_flax.parity import AXES, CHANNELS, Comparison, Tolerance, assert_parity
 from bcn_flax.parity.comparison import Oracle
 from bcn_flax.variants import WS
 from parity_tests import oracle as exact
-from parity_tests.judge import Adam, Judge, Sgd
+from parity_tests.oracle_side import Adam, OracleSide, Sgd
 
 Options = Mapping[str, Any]
 
@@ -68,7 +68,7 @@ class Case:
         return " ".join([self.layer, self.api, self.dtype, *map(_written, special.items())])
 
     def check(self, oracle: Oracle | None = None) -> Comparison:
-        """Fail if the sides do not show the same; by default, the judge is the oracle."""
+        """Fail unless all implementations agree, by default with `oracle_side`."""
         rng = np.random.default_rng(0)
         first, *rest = (self.inputs(rng) for _ in range(self.steps))
         return assert_parity(
@@ -78,8 +78,8 @@ class Case:
             weights="random",
             steps=[first, *rest],
             optimizer=self.optimizer.pair(),
-            # The oracle has the default standardization: of others, PyTorch is the judge.
-            oracle=None if "standardization" in self.options else oracle or self.judge,
+            # The oracle has the default standardization only: the others are compared with PyTorch.
+            oracle=None if "standardization" in self.options else oracle or self.oracle_side,
             eager=self.eager,
             # A layer for half precision computes in float32, and rounds what it returns.
             precision=np.float32 if self.half else None,
@@ -137,10 +137,10 @@ class Case:
         made = Kept(made, self.kept) if self.wrapped else made
         return made.to(getattr(torch, self.param_dtype))
 
-    def judge(self, variables: Mapping[str, Any]) -> Judge:
+    def oracle_side(self, variables: Mapping[str, Any]) -> OracleSide:
         """The layer of the oracle, in training."""
         layer = ORACLES[self.layer](**self.options)
-        return Judge(layer, variables, self.optimizer, self.kept)
+        return OracleSide(layer, variables, self.optimizer, self.kept)
 
 
 STANDARDIZATIONS = {**WS, "nfnet with gamma": WS["nfnet"]._replace(gamma=1.7)}

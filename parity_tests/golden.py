@@ -1,7 +1,8 @@
-"""What the oracle expects, in files: to verify Flax where there is no PyTorch, as on a TPU.
+"""Reference numbers in files, to verify Flax on devices without PyTorch, such as a TPU.
 
-A file has the inputs and the output gradients of each step of a case, the variables to begin with,
-and of every number that the steps show what the oracle says and how far from it Flax may be.
+A file holds one case: the initial variables, the inputs and output gradients of each phase, every
+number that the oracle computes from them, and the error that Flax is allowed in it. A file is
+written only if PyTorch agrees with the oracle.
 """
 
 import json
@@ -18,12 +19,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 from rich.table import Table
 
+from bcn_flax.parity import Observation, Side
 from bcn_flax.parity.errors import eps, error
 from bcn_flax.parity.flax_side import FlaxSide, forward_of
-from bcn_flax.parity.observations import Observation, Side, Values
 from parity_tests.cases import BCN, BCN_BY_BATCH, CONV, DENSE, NORMS, Case
 
 FOLDER = Path(__file__).parent / "golden"
+Arrays = dict[str, np.ndarray]
 
 _SMALL = {"shape": (2, 3, 3, 8), "steps": 2}
 
@@ -38,63 +40,68 @@ CASES: Mapping[str, Case] = {
 }
 
 
-class _Recorder:
-    """The judge, and what it was asked and said."""
+def write(name: str) -> None:
+    """Write the file of a case, if all implementations agree. Needs PyTorch."""
+    case, arrays, phases = CASES[name], {}, 0
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.arrays, self.phases = case, {}, 0
+    def recorded_oracle(variables: Mapping[str, Any]) -> Side:
+        oracle = case.oracle_side(variables)
+        flat = flatten_dict(variables, sep="/").items()
+        arrays.update({f"variables/{path}": np.asarray(x, case.param_dtype) for path, x in flat})
 
-    def __call__(self, variables: Mapping[str, Any]) -> Side:
-        for path, leaf in flatten_dict(variables, sep="/").items():
-            self.arrays[f"variables/{path}"] = np.asarray(leaf, self.case.param_dtype)
-        judge = self.case.judge(variables)
-
-        def side(inputs: Sequence[Values], dys: Sequence[Values], train: bool) -> Observation:
-            seen = judge(inputs, dys, train)
-            phase = f"phase {self.phases}"
+        def side(inputs: Any, output_gradients: Any, train: bool) -> Observation:
+            nonlocal phases
+            seen = oracle(inputs, output_gradients, train)
             # Half precision has no place in such a file, and is exact in float32.
-            given = {"input": inputs[0], "output gradient": dys[0]}
-            self.arrays |= {f"{phase}/{k}": np.asarray(v, np.float32) for k, v in given.items()}
-            self.arrays[f"{phase}/train"] = np.asarray(train)
-            self.arrays |= {f"{phase}/{name}": value for name, value in seen.items()}
-            self.phases += 1
+            given = {"input": inputs[0], "output gradient": output_gradients[0]}
+            given = {name: np.asarray(x, np.float32) for name, x in given.items()}
+            numbers = {**given, "train": np.asarray(train), **seen}
+            arrays.update({f"phase {phases}/{name}": x for name, x in numbers.items()})
+            phases += 1
             return seen
 
         return side
 
-
-def write(name: str) -> None:
-    """Write the file of a case, after all sides have agreed on it. Needs PyTorch."""
-    recorder = _Recorder(CASES[name])
-    comparison = CASES[name].check(recorder)
-    order = list(dict.fromkeys(row.phase for row in comparison.rows))
+    rows = case.check(recorded_oracle).rows
+    order = list(dict.fromkeys(row.phase for row in rows))
     allowed = {
         f"phase {order.index(row.phase)}/{row.name}": row.allowed
-        for row in comparison.rows
+        for row in rows
         if row.sides[0].startswith("Flax")
     }
-    recorder.arrays["allowed"] = np.asarray(json.dumps(allowed))
+    arrays["allowed"] = np.asarray(json.dumps(allowed))
     FOLDER.mkdir(exist_ok=True)
-    np.savez_compressed(path_of(name), **recorder.arrays)
+    np.savez_compressed(path_of(name), **arrays)
 
 
 def verify(name: str, api: str = "linen") -> float:
     """Compare Flax with the file of a case.
 
     Returns:
-        The largest error, over what is allowed.
+        The largest error, as a fraction of what is allowed.
 
     Raises:
-        AssertionError: Flax is too far from what the oracle expects.
+        AssertionError: an error is larger than allowed.
     """
-    case = replace(CASES[name], api=api)
-    # Where products of float32 are rounded to less by default, as on a TPU, ask for all of it.
+    case, arrays = replace(CASES[name], api=api), read(name)
+    flax = FlaxSide(
+        forward_of(case.flax(), None),
+        jax.tree.map(jnp.asarray, variables(arrays)),
+        case.optimizer.pair().flax,
+        jit=True,
+        precision=nullcontext,
+    )
+    allowed = json.loads(str(arrays["allowed"]))
+    # On a TPU products of float32 are rounded to less by default: ask for full precision.
     with jax.default_matmul_precision("highest"):
-        return max(_errors(case, read(name)))
+        return max(
+            _fraction_of_allowed(key, actual, arrays[key], allowed[key])
+            for key, actual in replay(flax, arrays, jnp.dtype(case.dtype))
+        )
 
 
 def verify_all(console: Console) -> bool:
-    """Verify every case, print a table, and say whether all is well."""
+    """Verify every case, print a table, and return whether all passed."""
     device = jax.devices()[0]
     table = Table("case", "API", "largest error, of what is allowed", title=device.device_kind)
     passed = True
@@ -110,39 +117,40 @@ def verify_all(console: Console) -> bool:
 
 
 def apis(name: str) -> Sequence[str]:
-    """Those of Flax's APIs that have the case."""
+    """The APIs of Flax that have the case."""
     return ("linen",) if CASES[name].wrapped else ("linen", "nnx")
 
 
-def _errors(case: Case, arrays: Mapping[str, np.ndarray]) -> Iterator[float]:
-    side, allowed = _flax_side(case, arrays), json.loads(str(arrays["allowed"]))
-    for phase in phases(arrays):
-        dtype = jnp.dtype(case.dtype)
-        x, dy = (arrays[f"{phase}/{k}"].astype(dtype) for k in ("input", "output gradient"))
-        for name, actual in side([x], [dy], bool(arrays[f"{phase}/train"])).items():
-            key = f"{phase}/{name}"
-            yield _error(key, actual, arrays[key], allowed[key])
+def read(name: str) -> Arrays:
+    """The arrays in the file of a case."""
+    with np.load(path_of(name)) as file:
+        return dict(file)
 
 
-def _flax_side(case: Case, arrays: Mapping[str, np.ndarray]) -> FlaxSide:
-    prefix = "variables/"
-    variables = {
-        tuple(key.removeprefix(prefix).split("/")): jnp.asarray(value)
-        for key, value in arrays.items()
-        if key.startswith(prefix)
-    }
-    return FlaxSide(
-        forward_of(case.flax(), None),
-        unflatten_dict(variables),
-        case.optimizer.pair().flax,
-        jit=True,
-        precision=nullcontext,
-    )
+def path_of(name: str) -> Path:
+    """The file of a case."""
+    return FOLDER / f"{name.replace(' ', '-').replace('=', '-')}.npz"
 
 
-def _error(key: str, actual: Values, expected: Values, allowed: float) -> float:
+def variables(arrays: Arrays) -> dict[str, Any]:
+    """The initial variables in a file, as a tree."""
+    parts = {tuple(key.split("/")): x for key, x in arrays.items()}
+    return unflatten_dict({path[1:]: x for path, x in parts.items() if path[0] == "variables"})
+
+
+def replay(side: Side, arrays: Arrays, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Run an implementation on the inputs in a file: each number with its key in the file."""
+    for i in range(sum(key.endswith("/train") for key in arrays)):
+        x, dy = (arrays[f"phase {i}/{key}"].astype(dtype) for key in ("input", "output gradient"))
+        for name, value in side([x], [dy], bool(arrays[f"phase {i}/train"])).items():
+            yield f"phase {i}/{name}", value
+
+
+def _fraction_of_allowed(
+    key: str, actual: np.ndarray, expected: np.ndarray, allowed: float
+) -> float:
     measured = error(actual, expected, actual.dtype)
-    # What is stored in half precision may be off by that rounding, wherever the largest value is.
+    # A number stored in half precision may differ by that rounding, at the size of the largest.
     last_rounding = eps(actual.dtype) / 2 * measured.scale if actual.dtype.itemsize < 4 else 0.0
     used = measured.absolute.error / (allowed + last_rounding)
     if used > 1 or measured.mismatch:
@@ -151,19 +159,3 @@ def _error(key: str, actual: Values, expected: Values, allowed: float) -> float:
             f" what is allowed, at {measured.absolute.place}"
         )
     return used
-
-
-def read(name: str) -> dict[str, np.ndarray]:
-    """What the file of a case says."""
-    with np.load(path_of(name)) as file:
-        return dict(file)
-
-
-def phases(arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """The steps of a file, in order."""
-    return [f"phase {i}" for i in range(sum(key.endswith("/train") for key in arrays))]
-
-
-def path_of(name: str) -> Path:
-    """The file of a case."""
-    return FOLDER / f"{name.replace(' ', '-').replace('=', '-')}.npz"

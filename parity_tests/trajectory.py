@@ -1,37 +1,36 @@
-"""A network trained side by side in Flax and in PyTorch: how far do the two drift apart?
+"""Train one network in Flax and in PyTorch, in float32 and float64, and measure how they diverge.
 
-In float32 they part, as any two correct programs do. Rounding alone would keep them close: with
+In float32 they do, as any two correct programs would. Rounding alone would keep them close: with
 SiLU for ReLU and average pooling for max pooling, their parameters are 3e-5 apart after 100 steps.
-But where a ReLU's input is all but 0, or two pixels all but tie in a max pool, a rounding decides
-which way the gradient flows; the step that follows differs visibly, and tips further decisions.
+But if a ReLU's input is almost 0, or two pixels almost tie in a max pool, a rounding decides which
+way the gradient flows; the step that follows differs visibly, and tips further decisions.
 
 In float64 roundings are `2**29` times as small, and in a few hundred steps none comes near enough
-to decide anything. So the float64 pair tells whether the formulas are the same, and the float32
+to decide anything. So the float64 pair shows whether the formulas are the same, and the float32
 pair how far training carries roundings.
 """
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
+from flax import linen as nn
+from sklearn.datasets import load_digits
 
 import bcn_torch
-from bcn_flax.interop import match
-from parity_tests import layout
-from train_cifar import make_model
-from training import data
-from training.config import RECIPES, Config
+from bcn_flax.models import VGG
+from bcn_flax.parity import AXES, Observation, adam
+from bcn_flax.parity.twins import in_float64, twins
 
-RECIPE = RECIPES["digits"]
-# Computes in the dtype of its variables.
-MODEL = make_model(Config(), RECIPE, 10).clone(dtype=None)
+# The network that `train_cifar.py` trains on the digits.
+BLOCKS, GROUPS, MOMENTUM, BATCH_SIZE = ((32, 32), (64, 64)), 16, 0.95, 32
 # Of Adam, which makes a whole step of a gradient that is 0 but for rounding. This network has none:
 # as BCN normalizes by running estimates, no batch cancels the biases ahead of it.
-RATE = RECIPE.learning_rate
+RATE = 2e-3
 
 # Whose parameters are compared with whose: dtype and framework.
 REFERENCE = ("float64", "PyTorch")
@@ -43,113 +42,40 @@ PAIRS = {
 }
 
 
-class FlaxSide:
-    """The network in linen, its step jitted, in the dtype of its variables."""
+class Loss(nn.Module):
+    """The network with its loss on top, so that the output gradient is 1."""
 
-    def __init__(self, variables, dtype):
-        self.dtype, self.wide = dtype, dtype == "float64"
-        self.model, self.optimizer = MODEL.clone(param_dtype=dtype), optax.adam(RATE)
-        with jax.enable_x64(self.wide):
-            self.variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables)
-            self.state = self.optimizer.init(self.variables["params"])
-        self._step = jax.jit(self._compute)
-
-    def _compute(self, variables, state, images, labels):
-        def mean_loss(params):
-            logits, updates = self.model.apply(
-                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
-            )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updates
-
-        params = variables["params"]
-        (loss, updates), gradients = jax.value_and_grad(mean_loss, has_aux=True)(params)
-        changes, state = self.optimizer.update(gradients, state)
-        return {"params": optax.apply_updates(params, changes), **updates}, state, loss
-
-    def step(self, images, labels) -> float:
-        """The loss, before the update."""
-        images = images.astype(self.dtype)
-        with jax.enable_x64(self.wide):
-            self.variables, self.state, loss = self._step(
-                self.variables, self.state, images, labels
-            )
-        return float(loss)
-
-    def parameters(self) -> np.ndarray:
-        return flat(self.variables["params"])
+    @nn.compact
+    def __call__(self, images: jax.Array, labels: jax.Array, train: bool) -> jax.Array:
+        network = VGG(BLOCKS, num_groups=GROUPS, momentum=MOMENTUM, name="network")
+        losses = optax.softmax_cross_entropy_with_integer_labels(network(images, train), labels)
+        return losses.mean()
 
 
-class TorchSide:
-    """The same network in PyTorch; `matched` names its parameters in Flax's words."""
+class TorchLoss(torch.nn.Module):
+    """The same in PyTorch."""
 
-    def __init__(self, module, matched, dtype):
-        self.module, self.matched, self.dtype = module, matched, dtype
-        self.optimizer = torch.optim.Adam(module.parameters(), RATE)
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = bcn_torch.VGG(BLOCKS, in_channels=1, groups=GROUPS, momentum=1 - MOMENTUM)
 
-    def step(self, images, labels) -> float:
-        """The loss, before the update."""
-        logits = self.module(layout.to_torch(images.astype(self.dtype)))
-        loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels))
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
-
-    def parameters(self) -> np.ndarray:
-        with jax.enable_x64(True):
-            return flat(self.matched.to_flax(self.module.state_dict())["params"])
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.network(images), labels)
 
 
-def flat(tree) -> np.ndarray:
-    """All numbers of a tree in one float64 vector."""
-    return np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)])
-
-
-def batches(train: data.Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels, without end, in a new order each epoch."""
-    images, labels = np.asarray(data.to_float(train.images)), train.labels.astype(np.int64)
+def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images in float32 and labels, without end, in a new order each epoch."""
+    digits = load_digits()
+    images, labels = np.float32(digits.images / 8 - 1)[..., None], np.int64(digits.target)
     rng = np.random.default_rng(0)
     while True:
         order = rng.permutation(len(labels))
-        for start in range(0, len(order) - RECIPE.batch_size + 1, RECIPE.batch_size):
-            batch = order[start : start + RECIPE.batch_size]
+        for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
+            batch = order[start : start + BATCH_SIZE]
             yield images[batch], labels[batch]
 
 
-def make_module() -> torch.nn.Module:
-    """What `MODEL` is in PyTorch, always with the same weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return bcn_torch.VGG(
-            MODEL.blocks,
-            in_channels=1,
-            norm=MODEL.norm,
-            ws=MODEL.ws,
-            groups=MODEL.num_groups,
-            eps=MODEL.epsilon,
-            momentum=1 - MODEL.momentum,
-            estimate=MODEL.estimate,
-        )
-
-
-def make_sides() -> dict[tuple[str, str], FlaxSide | TorchSide]:
-    """By dtype and framework; they start from the same weights."""
-    first = make_module().state_dict()
-    with jax.enable_x64(True):
-        model, image = MODEL.clone(param_dtype=jnp.float64), jnp.zeros((1, 8, 8, 1))
-        like = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
-        matched = match(first, like)
-        variables = matched.to_flax(first)
-    return {
-        ("float32", "Flax"): FlaxSide(variables, "float32"),
-        ("float32", "PyTorch"): TorchSide(make_module(), matched, "float32"),
-        ("float64", "Flax"): FlaxSide(variables, "float64"),
-        ("float64", "PyTorch"): TorchSide(make_module().double(), matched, "float64"),
-    }
-
-
-def trajectory(steps: int = 200) -> dict:
+def trajectory(steps: int = 200) -> dict[str, Any]:
     """Train in both frameworks, in float32 and in float64, on the same batches of digits.
 
     Returns:
@@ -157,34 +83,55 @@ def trajectory(steps: int = 200) -> dict:
         its update. `distances`, after it, are in the Euclidean norm over all parameters, relative
         to that of the reference, which is PyTorch's float64: under "float32" and "float64" of
         Flax's parameters from PyTorch's, under "Flax" and "PyTorch" of its float32 ones from the
-        reference. `setting` says what was trained.
+        reference. `setting` describes the network and the training.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # PyTorch's idle threads spin, and keep JAX's from the cores
     try:
-        losses, distances = follow(make_sides(), steps)
+        losses, distances = _train(steps)
     finally:
         torch.set_num_threads(threads)
     setting = {
-        "blocks": [list(block) for block in RECIPE.blocks],
-        "groups": RECIPE.groups,
-        "batch_size": RECIPE.batch_size,
+        "blocks": [list(block) for block in BLOCKS],
+        "groups": GROUPS,
+        "batch_size": BATCH_SIZE,
         "optimizer": "Adam",
         "learning_rate": RATE,
     }
     return {"setting": setting, "losses": losses, "distances": distances}
 
 
-def follow(sides, steps: int) -> tuple[dict, dict]:
+def _train(steps: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
     """The losses and distances of so many steps."""
-    losses = {dtype: {} for dtype, _ in sides}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = TorchLoss()
+    settings = {"weights": "torch", "variables": None, "call": None, "axes": AXES}
+    narrow = twins(Loss(), module, next(batches()), **settings, rng=np.random.default_rng(0))
+    implementations = {
+        (dtype, framework): implementation
+        for dtype, pair in (("float32", narrow), ("float64", in_float64(narrow)))
+        for framework, implementation in (
+            ("Flax", pair.flax_side(adam(RATE), jit=True)),
+            ("PyTorch", pair.torch_side(adam(RATE))),
+        )
+    }
+    losses = {dtype: {"Flax": [], "PyTorch": []} for dtype in ("float32", "float64")}
     distances = {name: [] for name in PAIRS}
-    for images, labels in islice(batches(data.digits().train), steps):
-        for (dtype, framework), side in sides.items():
-            losses[dtype].setdefault(framework, []).append(side.step(images, labels))
-        parameters = {key: side.parameters() for key, side in sides.items()}
+    for images, labels in islice(batches(), steps):
+        parameters = {}
+        for (dtype, framework), step in implementations.items():
+            seen = step([images.astype(dtype), labels], [np.ones((), dtype)], True)
+            losses[dtype][framework].append(float(seen[("output", "")]))
+            parameters[dtype, framework] = _parameters(seen)
         norm = np.linalg.norm(parameters[REFERENCE])
         for name, (one, other) in PAIRS.items():
             distance = np.linalg.norm(parameters[one] - parameters[other])
             distances[name].append(float(distance / norm))
     return losses, distances
+
+
+def _parameters(seen: Observation) -> np.ndarray:
+    """All parameters in one float64 vector, in an order that all implementations share."""
+    names = sorted(name for name in seen if name.quantity == "parameter")
+    return np.concatenate([np.ravel(seen[name]).astype(np.float64) for name in names])

@@ -1,4 +1,4 @@
-"""The third side: a layer of `parity_tests.oracle` in training, with optimizers of its own."""
+"""The third implementation: a layer of `parity_tests.oracle` in training, in float64 NumPy."""
 
 from typing import NamedTuple
 
@@ -10,52 +10,53 @@ from bcn_flax.parity.observations import observation
 
 
 class Sgd(NamedTuple):
-    """With momentum."""
+    """Stochastic gradient descent with momentum."""
 
     rate: float = 0.1
     momentum: float = 0.9
 
     def pair(self):
-        """Optax's and PyTorch's."""
+        """The same optimizer of Optax and PyTorch."""
         return parity.sgd(self.rate, self.momentum)
 
-    def change(self, gradient, memory):
-        """Of a parameter, and what to remember of it."""
-        velocity = self.momentum * memory.get("velocity", 0.0) + gradient
+    def update(self, gradient, state):
+        """What to add to a parameter, and the optimizer's next state for it."""
+        velocity = self.momentum * state.get("velocity", 0.0) + gradient
         return -self.rate * velocity, {"velocity": velocity}
 
 
 class Adam(NamedTuple):
-    """With its usual constants."""
+    """Adam with its usual constants."""
 
     rate: float = 0.01
 
     def pair(self):
-        """Optax's and PyTorch's."""
+        """The same optimizer of Optax and PyTorch."""
         return parity.adam(self.rate)
 
-    def change(self, gradient, memory):
-        """Of a parameter, and what to remember of it."""
-        step = memory.get("step", 0) + 1
-        first = 0.9 * memory.get("first", 0.0) + 0.1 * gradient
-        second = 0.999 * memory.get("second", 0.0) + 0.001 * gradient**2
+    def update(self, gradient, state):
+        """What to add to a parameter, and the optimizer's next state for it."""
+        step = state.get("step", 0) + 1
+        first = 0.9 * state.get("first", 0.0) + 0.1 * gradient
+        second = 0.999 * state.get("second", 0.0) + 0.001 * gradient**2
         unbiased = first / (1 - 0.9**step), second / (1 - 0.999**step)
         change = -self.rate * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
         return change, {"step": step, "first": first, "second": second}
 
 
-class Judge:
-    """A `bcn_flax.parity.Side` that owes nothing to JAX or PyTorch.
+class OracleSide:
+    """A `bcn_flax.parity.Side` that computes without JAX and PyTorch.
 
     Args:
         layer: of `parity_tests.oracle`.
-        variables: Flax's, to begin with.
+        variables: the initial ones, as Flax has them.
         optimizer: of the parameters.
-        kept: how many samples count; the others come out as nothing, with a gradient of 0.
+        kept: number of unmasked samples, which come first; the others have no output, and a
+            gradient of 0.
     """
 
     def __init__(self, layer, variables, optimizer, kept=None):
-        self.layer, self.optimizer, self.kept, self.memory = layer, optimizer, kept, {}
+        self.layer, self.optimizer, self.kept, self.state = layer, optimizer, kept, {}
         for path, value in _flat(variables).items():
             setattr(self._part(path), path[-1], np.asarray(value, np.float64))
         self.paths = {kind: list(_flat({kind: variables.get(kind, {})})) for kind in KINDS}
@@ -64,7 +65,7 @@ class Judge:
         (x,), (dy,) = inputs, output_gradients
         kept = x[: self.kept]
         dx = np.zeros(x.shape)
-        # Adversarial inputs may overflow or be NaN: what comes of it is compared.
+        # Adversarial inputs may overflow or be NaN: the results are compared all the same.
         with np.errstate(all="ignore"):
             y = self.layer.forward(kept, train)
             dx[: self.kept] = self.layer.backward(dy)
@@ -76,7 +77,7 @@ class Judge:
 
     def _take_step(self, gradients):
         for path, gradient in gradients.items():
-            change, self.memory[path] = self.optimizer.change(gradient, self.memory.get(path, {}))
+            change, self.state[path] = self.optimizer.update(gradient, self.state.get(path, {}))
             setattr(self._part(path), path[-1], self._read(path) + change)
 
     def _read(self, path, prefix=""):
