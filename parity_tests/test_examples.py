@@ -25,7 +25,9 @@ FLAX_SIDE = [
 ]
 TORCH_SIDE = [
     "bcn_torch.norms",
-    "bcn_torch.surgery",
+    "bcn_torch.surgery.conversion",
+    "bcn_torch.surgery.folding",
+    "bcn_torch.surgery.recalibration",
     "bcn_torch.variants",
     "bcn_torch.vgg",
     "bcn_torch.weight_standardization",

@@ -1,7 +1,6 @@
 """An existing PyTorch model becomes one with BCN and WS, and its statistics those of given data."""
 
 import copy
-import doctest
 import re
 
 import pytest
@@ -20,7 +19,6 @@ from bcn_torch import (
     WSConv3d,
     convert_batch_norm,
     recalibrate,
-    surgery,
 )
 
 pytestmark = pytest.mark.torch
@@ -660,9 +658,3 @@ def test_a_model_without_batch_norms_has_nothing_to_recalibrate():
     )
     with pytest.raises(ValueError, match=re.escape(text) + r"\Z"):
         recalibrate(nn.BatchNorm2d(4), batches(2))
-
-
-def test_the_examples_run():
-    results = doctest.testmod(surgery)
-    assert results.attempted > 0
-    assert results.failed == 0

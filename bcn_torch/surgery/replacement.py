@@ -1,0 +1,54 @@
+"""Layers made anew as another kind, and copies of a model with some of its modules replaced."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from bcn_torch.weight_standardization import WSConv1d, WSConv2d, WSConv3d, WSLinear
+
+Layer = _ConvNd | nn.Linear
+
+STANDARDIZED: dict[type[_ConvNd], type[_ConvNd]] = {
+    nn.Conv1d: WSConv1d,
+    nn.Conv2d: WSConv2d,
+    nn.Conv3d: WSConv3d,
+}
+PLAIN: dict[type[nn.Module], type[_ConvNd] | type[nn.Linear]] = {
+    WSLinear: nn.Linear,
+    **{ours: theirs for theirs, ours in STANDARDIZED.items()},
+}
+CONVOLUTION_ARGUMENTS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "padding_mode",
+)
+LINEAR_ARGUMENTS = ("in_features", "out_features")
+
+
+def rebuild(
+    layer: Layer, kind: type[_ConvNd] | type[nn.Linear], weight: Tensor, bias: Tensor | None
+) -> nn.Module:
+    """A layer of this kind with the arguments of `layer` and these parameters."""
+    names = CONVOLUTION_ARGUMENTS if isinstance(layer, _ConvNd) else LINEAR_ARGUMENTS
+    arguments = {name: getattr(layer, name) for name in names}
+    # On the meta device, so that no random numbers are drawn for weights that are not used.
+    new: Any = kind(**arguments, bias=bias is not None, device="meta")
+    new.weight, new.bias = weight, bias
+    return new.train(layer.training)
+
+
+def copy_with(replacements: Mapping[nn.Module, nn.Module], model: nn.Module) -> nn.Module:
+    """Copy the model with the old modules replaced by new ones; what it shares stays shared."""
+    memo: dict[int, Any] = {}
+    for old, new in replacements.items():
+        # `deepcopy` takes what the memo holds for an object as its copy.
+        memo[id(old)] = copy.deepcopy(new, memo)
+    return copy.deepcopy(model, memo)
