@@ -55,7 +55,7 @@ class _WithRunningAverages(nn.Module):
         evaluate = checks.require_running_average_flag(
             type(self).__name__, self.use_running_average, use_running_average
         )
-        update = norms.update_flag(evaluate, self.update_stats, update_stats)
+        update = norms.should_update_stats(evaluate, self.update_stats, update_stats)
         return norms.normalize(self, x, mask, lambda m: self.affine(m, evaluate, update))
 
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
@@ -108,7 +108,7 @@ class BatchNorm(_WithRunningAverages):
     Source: Ioffe and Szegedy, "Batch Normalization", arXiv 1502.03167.
     """
 
-    estimates: ClassVar[bool] = False
+    estimate: ClassVar[bool] = False
 
     @nn.compact
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
@@ -124,7 +124,7 @@ class BatchNorm(_WithRunningAverages):
             _learned(self, channels),
             use_running_average=use_running_average,
             update_stats=update_stats,
-            estimate=self.estimates,
+            estimate=self.estimate,
             momentum=self.momentum,
             epsilon=self.epsilon,
             running_variance=self.running_variance,
@@ -158,7 +158,7 @@ class EstimatedBatchNorm(BatchNorm):
     Source: Qiao et al., arXiv 1903.10520, which estimates the statistics of micro-batches.
     """
 
-    estimates: ClassVar[bool] = True
+    estimate: ClassVar[bool] = True
 
 
 class ChannelNorm(nn.Module):
@@ -373,4 +373,4 @@ def _learned(norm: BatchNorm | ChannelNorm, size: int) -> Affine:
     shape, dtype = (size,), norm.param_dtype
     scale = norm.param("scale", norm.scale_init, shape, dtype) if norm.use_scale else None
     bias = norm.param("bias", norm.bias_init, shape, dtype) if norm.use_bias else None
-    return norms.learned(scale, bias, size, dtype)
+    return norms.learned_affine(scale, bias, size, dtype)

@@ -23,7 +23,7 @@ from bcn_flax.norms import RunningVariance
 from bcn_flax.passes import promote
 from bcn_flax.weight_standardization import Standardization, require_fan_in, standardize_kernel
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class _WithRunningAverages(nnx.Module):
@@ -54,7 +54,7 @@ class _WithRunningAverages(nnx.Module):
         evaluate = checks.require_running_average_flag(
             type(self).__name__, self.use_running_average, use_running_average
         )
-        update = norms.update_flag(evaluate, self.update_stats, update_stats)
+        update = norms.should_update_stats(evaluate, self.update_stats, update_stats)
         return norms.normalize(self, x, mask, lambda m: self.affine(m, evaluate, update))
 
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
@@ -91,7 +91,7 @@ class BatchNorm(_WithRunningAverages):
         >>> y = nnx.view(layer, use_running_average=True)(y)  # evaluation
     """
 
-    estimates: ClassVar[bool] = False
+    estimate: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -112,8 +112,8 @@ class BatchNorm(_WithRunningAverages):
         running_variance: RunningVariance = "biased",
         update_stats: bool | None = None,
         rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any] = _NOTHING,
-        scale_metadata: Mapping[str, Any] = _NOTHING,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
     ) -> None:
         """Start from mean 0 and variance 1.
 
@@ -174,7 +174,7 @@ class BatchNorm(_WithRunningAverages):
             _learned(self, self.num_features),
             use_running_average=use_running_average,
             update_stats=update_stats,
-            estimate=self.estimates,
+            estimate=self.estimate,
             momentum=self.momentum,
             epsilon=self.epsilon,
             running_variance=self.running_variance,
@@ -196,7 +196,7 @@ class EstimatedBatchNorm(BatchNorm):
         >>> y = EstimatedBatchNorm(32, rngs=nnx.Rngs(0))(jnp.ones((1, 8, 8, 32)))
     """
 
-    estimates: ClassVar[bool] = True
+    estimate: ClassVar[bool] = True
 
 
 class ChannelNorm(nnx.Module):
@@ -226,8 +226,8 @@ class ChannelNorm(nnx.Module):
         bias_init: Initializer = initializers.zeros,
         scale_init: Initializer = initializers.ones,
         rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any] = _NOTHING,
-        scale_metadata: Mapping[str, Any] = _NOTHING,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
     ) -> None:
         """Start from scale 1 and bias 0.
 
@@ -318,8 +318,8 @@ class BatchChannelNorm(_WithRunningAverages):
         running_variance: RunningVariance = "biased",
         update_stats: bool | None = None,
         rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any] = _NOTHING,
-        scale_metadata: Mapping[str, Any] = _NOTHING,
+        bias_metadata: Mapping[str, Any] = _NO_METADATA,
+        scale_metadata: Mapping[str, Any] = _NO_METADATA,
     ) -> None:
         """Make the two norms.
 
@@ -519,7 +519,7 @@ def _parameter(
 def _learned(norm: BatchNorm | ChannelNorm, size: int) -> Affine:
     """The scale and bias of a norm as a map, `(1, size)`."""
     scale, bias = (None if p is None else p[...] for p in (norm.scale, norm.bias))
-    return norms.learned(scale, bias, size, norm.param_dtype)
+    return norms.learned_affine(scale, bias, size, norm.param_dtype)
 
 
 def _require_num_features(channels: int, expected: int) -> None:

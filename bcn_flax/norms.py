@@ -1,7 +1,7 @@
-"""The layers as pure functions, `Moments -> Affine`, and what linen and NNX share of a call.
+"""The layers as pure functions, `Moments -> Affine`, and the call that linen and NNX share.
 
-Batch norm, estimated batch norm and evaluation differ only in *which* moments they standardize by:
-the batch's, the running estimates after their update, the running estimates as they are.
+Batch norm, estimated batch norm and evaluation differ only in *which* moments they standardize
+with: those of the batch, the updated running averages, or the stored running averages.
 """
 
 import math
@@ -12,7 +12,6 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array
 
@@ -24,20 +23,20 @@ from bcn_flax.affine import (
     apply,
     chain,
     moments,
+    per_channel,
     pool_batch,
     pool_groups,
-    spread,
     standardize,
 )
 from bcn_flax.passes import promote, widen
-from bcn_flax.space import once, placed_like
+from bcn_flax.space import compute_once, reshard_like
 
 RunningVariance = Literal["biased", "unbiased", "around_running_mean"]
 
 
 @runtime_checkable
 class Layer(Protocol):
-    """What a call needs to know of a layer: some of the arguments of its constructor."""
+    """The attributes of a layer that its call uses."""
 
     axis: int
     dtype: DTypeLike | None
@@ -49,10 +48,10 @@ class Layer(Protocol):
 def normalize(
     layer: Layer, x: ArrayLike, mask: ArrayLike | None, to_affine: Callable[[Moments], Affine]
 ) -> Array:
-    """Call a layer: check the input, measure it, and apply what `to_affine` makes of its moments.
+    """Call a layer: check the input, measure it, and apply the map that its moments give.
 
     Raises:
-        ValueError: bad input.
+        ValueError: the input or its mask cannot be normalized.
     """
     x = jnp.asarray(x)
     _require_input(x, layer.axis)
@@ -67,21 +66,21 @@ def normalize(
 
 
 def result_dtype(layer: Layer, dtype: DTypeLike) -> DTypeLike:
-    """The type of the result for an input of type `dtype`."""
+    """The dtype of the result for an input of type `dtype`."""
     if layer.dtype is not None:
         return layer.dtype
-    learns = layer.use_scale or layer.use_bias
-    return promote(dtype, layer.param_dtype) if learns else dtype
+    has_parameters = layer.use_scale or layer.use_bias
+    return promote(dtype, layer.param_dtype) if has_parameters else dtype
 
 
-def update_flag(evaluate: bool, attribute: bool | None, argument: bool | None) -> bool:
-    """Whether to move the running averages: as the call says, or the constructor, or the mode."""
+def should_update_stats(evaluate: bool, attribute: bool | None, argument: bool | None) -> bool:
+    """Whether to update the running averages; by default in training only."""
     flag = attribute if argument is None else argument
     return not evaluate if flag is None else flag
 
 
-def learned(scale: Array | None, bias: Array | None, size: int, dtype: DTypeLike) -> Affine:
-    """The learned scale and bias, `(size,)`, as a map `(1, size)`; 1 and 0 where there is none."""
+def learned_affine(scale: Array | None, bias: Array | None, size: int, dtype: DTypeLike) -> Affine:
+    """The learned scale and bias, `(size,)`, as a map `(1, size)`; 1 and 0 in place of None."""
     return Affine(
         widen(jnp.ones((1, size), dtype) if scale is None else scale[None]),
         widen(jnp.zeros((1, size), dtype) if bias is None else bias[None]),
@@ -105,24 +104,24 @@ def batch_norm(
 ) -> tuple[Affine, tuple[Array, Array]]:
     """`scale * (x - mean) / sqrt(var + epsilon) + bias`, one scale and bias for each channel.
 
-    With `use_running_average` it standardizes by the running estimates as they were. Otherwise,
-    with `estimate`, by those estimates as they are after this batch, through which no gradient
-    flows; without, by the batch's own moments, gradient and all. `update_stats` decides by itself
-    whether the estimates move.
+    With `use_running_average`, `mean` and `var` are the stored running averages. In training they
+    are, with `estimate`, the updated running averages, without gradient; otherwise the moments of
+    the batch, with their gradient. `update_stats` only decides whether the running averages are
+    updated.
 
     Args:
         m: the moments of the input, `(n, c)`.
         stats: the running mean and variance, `(c,)`.
         learned: scale and bias, `(1, c)`.
-        use_running_average: whether it is evaluating.
-        update_stats: whether the estimates move.
-        estimate: whether it standardizes by the estimates in training too.
-        momentum: the weight of the old estimates.
-        epsilon: keeps the square root away from 0.
+        use_running_average: true in evaluation, false in training.
+        update_stats: whether to update the running averages.
+        estimate: whether to standardize with the running averages in training too.
+        momentum: the weight of the old running averages.
+        epsilon: added to the variance.
         running_variance: see `moving_average`.
-        axis_name: of the axis of devices over which the batch is pooled.
-        axis_index_groups: groups of devices that pool among themselves.
-        initializing: `axis_name` is then ignored, and a batch of one value is not warned of.
+        axis_name: the axis of devices over which the batch is pooled.
+        axis_index_groups: groups of devices that pool among themselves, as tuples.
+        initializing: ignore `axis_name`, and do not warn of a batch of one value.
 
     Returns:
         The map to apply, and the running mean and variance after this batch.
@@ -136,17 +135,16 @@ def batch_norm(
     if not (use_running_average or initializing or axis_name) and m.counts is None:
         _warn_of_single_values(m.mean.shape[0], m.size)
     mean, var = stats
-    running = after = Moments(mean[None], var[None])
-    standard = running
+    running = updated = Moments(mean[None], var[None])
+    chosen = running
     if update_stats or not use_running_average:
-        groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
-        batch = pool_batch(m, None if initializing else axis_name, groups)
+        batch = pool_batch(m, None if initializing else axis_name, axis_index_groups)
         if update_stats:
-            after = moving_average(running, batch, momentum, running_variance)
+            updated = moving_average(running, batch, momentum, running_variance)
         if not use_running_average:
-            standard = after if estimate else batch
-    f = _standardize(standard, learned, epsilon, m.origin)
-    return f, (after.mean[0], after.var[0])
+            chosen = updated if estimate else batch
+    f = _standardize(chosen, learned, epsilon, m.origin)
+    return f, (updated.mean[0], updated.var[0])
 
 
 @jax.jit
@@ -159,27 +157,27 @@ def channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
     """Standardize each group of channels of each sample; one scale and bias for each *group*.
 
     Args:
-        m: of each channel of each sample, `(n, c)`.
+        m: the moments of the input, `(n, c)`.
         learned: scale and bias, `(1, groups)`.
-        epsilon: keeps the square root away from 0.
+        epsilon: added to the variance.
 
     Raises:
         ValueError: epsilon is out of its range.
     """
     checks.require_epsilon(epsilon)
     if m.counts is None:
-        _warn_of_groups_of_one_value(m.mean.shape[1] // learned.scale.shape[1], m.size)
+        _warn_of_single_values_in_groups(m.mean.shape[1] // learned.scale.shape[1], m.size)
     return _channel_norm(m, learned, epsilon)
 
 
 @jax.jit
 def _channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
     pooled = pool_groups(m, learned.scale.shape[1])
-    # All is done with a group's numbers before they become as many as there are channels.
+    # Compute one map for each group, then repeat it for each channel.
     if jnp.ndim(m.origin) == 0:
-        return spread(chain(standardize(pooled, epsilon, m.origin), learned), m.mean)
-    f = spread(chain(standardize(pooled, epsilon, pooled.origin), learned), m.mean)
-    return Affine(f.scale, f.scale * (m.origin - spread(pooled.origin, m.mean)) + f.offset)
+        return per_channel(chain(standardize(pooled, epsilon, m.origin), learned), m.mean)
+    f = per_channel(chain(standardize(pooled, epsilon, pooled.origin), learned), m.mean)
+    return Affine(f.scale, f.scale * (m.origin - per_channel(pooled.origin, m.mean)) + f.offset)
 
 
 def moving_average(
@@ -188,21 +186,21 @@ def moving_average(
     momentum: Number,
     variance: RunningVariance = "biased",
 ) -> Moments:
-    """Update the running estimates: `momentum * running + (1 - momentum) * batch`.
+    """Update the running averages: `momentum * running + (1 - momentum) * batch`.
 
-    Estimates keep their dtype and carry no gradient. A channel keeps its estimates as they are
-    where the batch counts nothing, and where the batch's moments are not finite: one bad batch
-    would otherwise poison them for ever.
+    They keep their dtype and have no gradient. If a channel has no value that counts in the batch,
+    or its moments are not finite, its running averages stay unchanged: otherwise they would never
+    be finite again.
 
     Args:
-        running: the estimates before this batch, `(1, c)`.
+        running: the running averages before this batch, `(1, c)`.
         batch: the moments of this batch, `(1, c)`.
-        momentum: the weight of the old estimates.
-        variance: which variance of the batch enters: "biased", around the batch's own mean;
+        momentum: the weight of the old running averages.
+        variance: the variance of the batch to average: "biased", around the batch's own mean;
             "unbiased", the same times `size / (size - 1)`; "around_running_mean",
-            `E[(x - running.mean)^2]`, with the mean before its update.
+            `E[(x - running.mean)^2]`, with the running mean before its update.
     """
-    # A number is subtracted in Python's precision, before it is rounded to that of the estimates.
+    # `1 - momentum` in Python's float is not rounded to the dtype of the running averages.
     return _moving_average(running, batch, momentum, 1 - momentum, variance)
 
 
@@ -223,23 +221,23 @@ def _moving_average(
             var = batch.var + jnp.square((batch.origin - running.mean) + batch.mean)
 
     def average(old: Array, new: Array) -> Array:
-        mixed = momentum * widen(old) + rate * lax.stop_gradient(new)
+        mixed = momentum * widen(old) + rate * new
         return mixed.astype(old.dtype)
 
     mean, var = average(running.mean, batch.mean_from_zero), average(running.var, var)
-    # Judged as they would be stored: that type may overflow where the batch's moments did not.
+    # Check the values to be stored: their dtype may overflow although the moments did not.
     usable = jnp.isfinite(mean) & jnp.isfinite(var)
     if batch.counts is not None:
         usable &= batch.counts > 0
-    mean, var = once(
-        jnp.where(usable, mean, placed_like(running.mean, mean)),
-        jnp.where(usable, var, placed_like(running.var, var)),
+    mean, var = compute_once(
+        jnp.where(usable, mean, reshard_like(running.mean, mean)),
+        jnp.where(usable, var, reshard_like(running.var, var)),
     )
     return Moments(mean, var)
 
 
 def unbiased(m: Moments) -> Array:
-    """The variance with Bessel's correction, `size / (size - 1)`; 0 of a single value."""
+    """The variance with Bessel's correction, `size / (size - 1)`; 0 for a single value."""
     return m.var * (m.weight / jnp.maximum(m.weight - 1, 1))
 
 
@@ -290,7 +288,7 @@ def _require_mask(mask: Array, x: Array) -> None:
 
 
 def _warn_of_single_values(samples: object, values: object) -> None:
-    """Warn if each channel has one value; a symbolic number is not known."""
+    """Warn if each channel has a single value; symbolic numbers pass."""
     if isinstance(samples, int) and isinstance(values, int) and samples * values == 1:
         warnings.warn(
             "The batch has a single value per channel (1 sample without space axes, or of size 1), "
@@ -300,8 +298,8 @@ def _warn_of_single_values(samples: object, values: object) -> None:
         )
 
 
-def _warn_of_groups_of_one_value(channels: int, values: object) -> None:
-    """Warn if each group has one value; a symbolic number is not known."""
+def _warn_of_single_values_in_groups(channels: int, values: object) -> None:
+    """Warn if each group has a single value; symbolic numbers pass."""
     if isinstance(values, int) and channels * values == 1:
         warnings.warn(
             "Each group of the channel norm has a single value (1 channel, without space axes or "

@@ -1,14 +1,14 @@
 """The two passes over an activation: one measures it, one maps it.
 
-All other arithmetic of a layer is of small numbers, `(n, c)`, so these two decide what it moves
-through memory. Both see the activation as its deviations from an origin, which are float32 or wider
-and never stored: they are computed from the activation, as it came, wherever they are needed.
+All other arithmetic of a layer is on small arrays, `(n, c)`, so these two passes determine its
+memory traffic. Both use the deviations of the activation from an origin, in float32 or wider, which
+are never stored: they are recomputed from the activation, in its own dtype, wherever they are used.
 
-Each pass has one derivative rule, a linear function. It is not stored either, but computed again
-for the backward pass: so what is kept for it is the activation as it came, and small numbers. JAX
-makes every other derivative out of these rules. The derivative of the input goes to `wide`, which
-is the input in float32: there the gradients of both passes add up before they are rounded, once, to
-the type of the input. The values of `wide` are not used, and so it is never stored.
+Each pass has one derivative rule, a rematerialized linear function: only the activation, in its own
+dtype, and small arrays are saved for the backward pass. JAX derives all other derivatives from
+these rules. The gradient of the input goes to `wide`, the input in float32, where the gradients of
+both passes add up before they are rounded, once, to the dtype of the input. The values of `wide`
+are not used, so it is never stored.
 """
 
 from functools import partial, reduce
@@ -18,24 +18,24 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from bcn_flax.space import spread, sums
+from bcn_flax.space import broadcast, sums
 
 Activation = Float[Array, "n *space c"]
 PerChannel = Float[Array, "n c"]
 
-# With `prevent_cse=True` there would be barriers around what is computed again, and the compiler
-# could not compute the deviations where they are used.
-_not_stored = partial(jax.checkpoint, prevent_cse=False)
+# `prevent_cse=True` would put barriers around the recomputation, and the compiler could not fuse
+# the deviations into their users.
+_rematerialized = partial(jax.checkpoint, prevent_cse=False)
 
 
 def promote(*dtypes: DTypeLike) -> DTypeLike:
-    """The type that holds all of these, however strict JAX is told to be about mixing them."""
+    """The dtype that these promote to, also under `jax.numpy_dtype_promotion("strict")`."""
     with jax.numpy_dtype_promotion("standard"):
         return reduce(jnp.promote_types, dtypes)
 
 
 def widen(x: Array) -> Array:
-    """`x` in float32, or as it is where it is already as wide: the precision of all arithmetic."""
+    """`x` in float32, or unchanged if it is as wide: the precision of all arithmetic."""
     return x.astype(promote(x.dtype, jnp.float32))
 
 
@@ -46,16 +46,16 @@ def measure(
     """The sums of `x - origin` and of its square over the space of `x`.
 
     Args:
-        x: the activation, in its own type.
-        wide: `widen(x)`, which has the derivative.
+        x: the activation, in its own dtype.
+        wide: `widen(x)`, which receives the gradient.
         origin: one for each channel of each sample.
-        mask: of the shape of `x`, true where a value counts.
+        mask: true where a value counts, shaped as `x`.
         axis: the channel axis.
     """
-    d, e = (widen(x) - o for copy in (0, 1) for o in spread([origin], x, origin, axis, copy))
+    d, e = (widen(x) - o for copy in (0, 1) for o in broadcast([origin], x, origin, axis, copy))
     return (
-        sums(_counted(d, mask), x, origin, axis),
-        sums(_counted(jnp.square(e), mask), x, origin, axis),
+        sums(_apply_mask(d, mask), x, origin, axis),
+        sums(_apply_mask(jnp.square(e), mask), x, origin, axis),
     )
 
 
@@ -63,13 +63,13 @@ def measure(
 def _(
     axis: int, primals: tuple[Array, ...], tangents: tuple[Array, ...]
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    @_not_stored
+    @_rematerialized
     def tangent(x: Array, origin: Array, mask: Array | None, dot: Array) -> tuple[Array, Array]:
-        (o,) = spread([origin], x, origin, axis, 2)
+        (o,) = broadcast([origin], x, origin, axis, 2)
         d = widen(x) - o
         return (
-            sums(_counted(dot, mask), x, origin, axis),
-            2 * sums(_counted(d * dot, mask), x, origin, axis),
+            sums(_apply_mask(dot, mask), x, origin, axis),
+            2 * sums(_apply_mask(d * dot, mask), x, origin, axis),
         )
 
     x, _, origin, mask = primals
@@ -86,8 +86,8 @@ def write(
     axis: int,
     dtype: DTypeLike,
 ) -> Activation:
-    """`scale * (x - origin) + offset`, rounded once, to `dtype`; arguments as of `measure`."""
-    scale, offset, o = spread([scale, offset, origin], x, origin, axis, 3)
+    """`scale * (x - origin) + offset`, rounded once, to `dtype`; arguments as in `measure`."""
+    scale, offset, o = broadcast([scale, offset, origin], x, origin, axis, 3)
     return (scale * (widen(x) - o) + offset).astype(dtype)
 
 
@@ -95,12 +95,12 @@ def write(
 def _(
     axis: int, dtype: DTypeLike, primals: tuple[Array, ...], tangents: tuple[Array, ...]
 ) -> tuple[Array, Array]:
-    @_not_stored
+    @_rematerialized
     def tangent(
         scale: Array, x: Array, origin: Array, dscale: Array, doffset: Array, dot: Array
     ) -> Array:
-        scale, o = spread([scale, origin], x, origin, axis, 4)
-        dscale, doffset = spread([dscale, doffset], x, origin, axis)
+        scale, o = broadcast([scale, origin], x, origin, axis, 4)
+        dscale, doffset = broadcast([dscale, doffset], x, origin, axis)
         return (scale * dot + dscale * (widen(x) - o) + doffset).astype(dtype)
 
     scale, _, x, _, origin = primals
@@ -108,5 +108,5 @@ def _(
     return write(*primals, axis, dtype), tangent(scale, x, origin, dscale, doffset, dot)
 
 
-def _counted(values: Array, mask: Array | None) -> Array:
+def _apply_mask(values: Array, mask: Array | None) -> Array:
     return values if mask is None else jnp.where(mask, values, 0)

@@ -1,19 +1,19 @@
-"""Numbers laid out along the space of an activation, and sums over it, as each platform wants them.
+"""Broadcasting over the space axes of an activation, and sums over them, for each platform.
 
-`spread` and `sums` are linear, and each is the transpose of the other. They are primitives because
-compilers must be kept from writing arrays of the size of the activation to memory, and each
-platform needs another means for that. The platform is the one that the program is lowered for.
+`broadcast` and `sums` are linear, and each is the transpose of the other. They are primitives,
+because compilers would otherwise write arrays of the size of the activation to memory, and each
+platform needs a different measure against that. The platform is the one of the lowering.
 
-- For a CPU the compiler computes the small numbers again for each value of the activation that they
-  meet, unless it considers an operation expensive, such as a division. So each small number is
-  divided by a 1 that the compiler cannot see.
-- A GPU writes what two kernels share, such as `x - origin` in float32. So each use has a copy of
-  the origin, behind an `optimization_barrier`. And it takes the sums that the backward pass needs
-  in one kernel only if they are one reduction of several arrays.
-- A TPU needs nothing: it takes all sums of one array in one pass.
+- On a CPU the compiler recomputes the small arrays for each value of the activation, unless an
+  operation is expensive, such as a division. So each small array is divided by a 1 that the
+  compiler does not recognize.
+- On a GPU the compiler stores what two kernels share, such as `x - origin` in float32. So each use
+  has its own copy of the origin, behind an `optimization_barrier`. The sums of the backward pass
+  share one kernel only if they are one reduction of several arrays.
+- On a TPU nothing is needed: the compiler takes all sums of an array in one pass.
 
-On a mesh with explicit axes, where JAX asks how each result is to lie, both give what lies as `x`
-or `origin` do; `placed_like` serves the numbers of which that cannot be told.
+On a mesh with explicit axes JAX needs the sharding of each result: it is that of `x` or `origin`.
+Other small arrays are resharded with `reshard_like`.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,23 +29,23 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 
-def spread(
+def broadcast(
     values: Sequence[Float[Array, "n c"]],
     x: Float[Array, "n *space c"],
     origin: Float[Array, "n c"],
     axis: int,
     copy: int = 0,
 ) -> list[Float[Array, "n *space c"]]:
-    """Lay small numbers out: each as an array of the shape of `x` and the type of `origin`.
+    """Broadcast small arrays to the shape and sharding of `x`, in the dtype of `origin`.
 
     Args:
-        values: as `origin`.
-        x: an activation, of which the shape and the place on devices count.
-        origin: likewise, and its type.
+        values: shaped as `origin`.
+        x: an activation, whose values are not used.
+        origin: one value for each channel of each sample.
         axis: the channel axis of `x`.
-        copy: numbers laid out by calls with different ones are never merged by the compiler.
+        copy: the compiler never merges calls with different numbers.
     """
-    return _bind(spread_p, [*values, x, origin], (0, axis % x.ndim), copy)
+    return _bind(broadcast_p, [*values, x, origin], (0, axis % x.ndim), copy)
 
 
 def sums(
@@ -54,43 +54,43 @@ def sums(
     origin: Float[Array, "n c"],
     axis: int,
 ) -> Float[Array, "n c"]:
-    """Sum over all axes of `x` but those of samples and channels; arguments as of `spread`."""
+    """Sum over the space axes of `x`; arguments as in `broadcast`."""
     (total,) = _bind(sums_p, [values, x, origin], (0, axis % x.ndim))
     return total
 
 
-def once(*constants: Float[Array, "*shape"]) -> list[Float[Array, "*shape"]]:
-    """Numbers of one shape, without derivative, computed once for all who use them."""
+def compute_once(*constants: Float[Array, "*shape"]) -> list[Float[Array, "*shape"]]:
+    """Arrays of one shape, without derivative, each computed once for all its uses."""
     fixed = [lax.stop_gradient(v) for v in constants]
-    return _bind(spread_p, [*fixed, fixed[0], fixed[0]], tuple(range(fixed[0].ndim)))
+    return _bind(broadcast_p, [*fixed, fixed[0], fixed[0]], tuple(range(fixed[0].ndim)))
 
 
 def _bind(
     primitive: Primitive, arrays: Sequence[Array], kept: tuple[int, ...], copy: int = 0
 ) -> list[Array]:
-    """Apply a primitive. Inside of `shard_map` all arrays become numbers of each device.
+    """Apply a primitive to arrays that vary over the same axes of a `shard_map`.
 
-    Where one of them differs between devices, the result does, and the gradients of those that are
-    the same on all devices add up over these.
+    If one array differs between devices, so does the result, and the gradients of the arrays that
+    are the same on all devices are summed over the devices.
     """
     varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
     axes = frozenset[str]().union(*varying)
-    alike = [
+    same_axes = [
         lax.pcast(a, tuple(axes - own), to="varying") if axes - own else a
         for a, own in zip(arrays, varying, strict=True)
     ]
-    results: list[Array] = primitive.bind(*alike, kept=kept, copy=copy)
+    results: list[Array] = primitive.bind(*same_axes, kept=kept, copy=copy)
     return results
 
 
 def explicit_sharding(values: Array) -> NamedSharding | None:
-    """How an array lies on a mesh with explicit axes, if on any."""
+    """The sharding of an array on a mesh with explicit axes; None without such axes."""
     sharding = jax.typeof(values).sharding
     return sharding if any(axis is not None for axis in sharding.spec) else None
 
 
-def placed_like(values: Array, like: Array) -> Array:
-    """`values`, laid out as `like` over a mesh's explicit axes; unchanged without such axes."""
+def reshard_like(values: Array, like: Array) -> Array:
+    """`values` with the sharding of `like` on a mesh with explicit axes; else unchanged."""
     sharding = explicit_sharding(like)
     return values if sharding is None else jax.sharding.reshard(values, sharding)
 
@@ -98,8 +98,8 @@ def placed_like(values: Array, like: Array) -> Array:
 Lowering = Callable[..., Sequence[Array]]
 
 
-def _divided(values: Sequence[Array], origin: Array, copy: int) -> list[Array]:
-    # 1 for NaN too. The number makes the 1 of each copy another computation.
+def _divide_by_hidden_one(values: Sequence[Array], origin: Array, copy: int) -> list[Array]:
+    # `one` is 1 for NaN too. `copy` makes it a different computation for each copy.
     one = ((origin == origin) | (origin != copy)).astype(origin.dtype)
     return [v / one for v in values]
 
@@ -109,16 +109,16 @@ def _behind_barrier(values: Sequence[Array], origin: Array, copy: int) -> Sequen
     return behind
 
 
-def _spread(keep_apart: Callable[..., Sequence[Array]] | None = None) -> Lowering:
-    def spread(*args: Array, kept: tuple[int, ...], copy: int) -> list[Array]:
+def _broadcast(keep_apart: Callable[..., Sequence[Array]] | None = None) -> Lowering:
+    def broadcast(*args: Array, kept: tuple[int, ...], copy: int) -> list[Array]:
         *values, x, origin = args
         apart = keep_apart(values, origin, copy) if keep_apart else values
         return [lax.broadcast_in_dim(v, x.shape, kept) for v in apart]
 
-    return spread
+    return broadcast
 
 
-def _each_sum(values: Sequence[Array], axes: Sequence[int]) -> list[Array]:
+def _separate_sums(values: Sequence[Array], axes: Sequence[int]) -> list[Array]:
     return [jnp.sum(v, axes) for v in values]
 
 
@@ -142,17 +142,19 @@ def _sums(
     return sums
 
 
-def _linear(name: str, shape_of: Callable[..., Any], lowerings: dict[str | None, Lowering]) -> Any:
-    """A primitive, linear in all its arguments but the last two, which say what the results are.
+def _linear_primitive(
+    name: str, shape_of: Callable[..., Any], lowerings: dict[str | None, Lowering]
+) -> Any:
+    """A primitive, linear in all arguments but the last two, which give the type of the results.
 
-    On a CPU the values of the last one serve too: see `_divided`.
+    On a CPU the values of the last one are used too: see `_divide_by_hidden_one`.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
     compiled = jax.jit(primitive.bind, static_argnames=("kept", "copy"))
 
     def run(*args: Array, **params: Any) -> Any:
-        with jax.disable_jit(False):  # it has no other way to run
+        with jax.disable_jit(False):  # the primitive runs only compiled
             return compiled(*args, **params)
 
     primitive.def_impl(run)
@@ -177,36 +179,40 @@ def _linear(name: str, shape_of: Callable[..., Any], lowerings: dict[str | None,
     return primitive
 
 
-def _transpose(primitive: Primitive, transposed: Primitive) -> None:
+def _register_transpose(primitive: Primitive, transposed: Primitive) -> None:
     def rule(cotangents: Sequence[Any], *args: Any, **params: Any) -> Any:
         result: list[Any] = [None] * len(args)
-        asked = [
+        linear = [
             i
             for i, cotangent in enumerate(cotangents)
             if ad.is_undefined_primal(args[i]) and type(cotangent) is not ad.Zero
         ]
-        if asked:
-            found = transposed.bind(*(cotangents[i] for i in asked), *args[-2:], **params)
-            for i, cotangent in zip(asked, found, strict=True):
+        if linear:
+            found = transposed.bind(*(cotangents[i] for i in linear), *args[-2:], **params)
+            for i, cotangent in zip(linear, found, strict=True):
                 result[i] = cotangent
         return result
 
     ad.primitive_transposes[primitive] = rule
 
 
-spread_p = _linear(
-    "spread_over_space",
+broadcast_p = _linear_primitive(
+    "broadcast_over_space",
     lambda x, origin: x.update(dtype=origin.dtype, weak_type=False),
-    {None: _spread(), "cpu": _spread(_divided), "gpu": _spread(_behind_barrier)},
+    {
+        None: _broadcast(),
+        "cpu": _broadcast(_divide_by_hidden_one),
+        "gpu": _broadcast(_behind_barrier),
+    },
 )
-sums_p = _linear(
+sums_p = _linear_primitive(
     "sum_over_space",
     lambda x, origin: origin,
     {
-        None: _sums(_each_sum),
-        "cpu": _sums(_each_sum, _divided),
+        None: _sums(_separate_sums),
+        "cpu": _sums(_separate_sums, _divide_by_hidden_one),
         "gpu": _sums(_one_reduction, _behind_barrier),
     },
 )
-_transpose(spread_p, sums_p)
-_transpose(sums_p, spread_p)
+_register_transpose(broadcast_p, sums_p)
+_register_transpose(sums_p, broadcast_p)

@@ -298,7 +298,7 @@ class ChannelNorm(_Norm):
             ValueError: `x` is not of floating point, is empty, or has no `channels` at axis 1.
         """
         checks.require_input(x, self.channels)
-        _warn_of_groups_of_one_value(x.shape, self.groups)
+        _warn_of_single_values_in_groups(x.shape, self.groups)
         # [batch, channels, *] -> [batch, groups, channels / groups, *]
         grouped = widen(x).unflatten(1, (self.groups, -1))
         mean, var = _moments(grouped, axes=range(2, grouped.dim()))
@@ -474,7 +474,7 @@ def _warn_of_single_values(shape: Sequence[int]) -> None:
         )
 
 
-def _warn_of_groups_of_one_value(shape: Sequence[int], groups: int) -> None:
+def _warn_of_single_values_in_groups(shape: Sequence[int], groups: int) -> None:
     """Warn if each group has one value; a compiled graph has no place for a warning."""
     if not torch.compiler.is_compiling() and math.prod(shape[1:]) == groups:
         warnings.warn(

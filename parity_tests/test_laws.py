@@ -197,6 +197,6 @@ def test_the_clamp_leaves_the_derivatives_of_a_constant_channel():
 )
 def test_a_variance_that_rounding_made_negative_is_0(var, clamped):
     """A net for sums of very many terms, which may lose more than the origin's argument allows."""
-    value, slope = jax.value_and_grad(affine._not_negative)(var)
+    value, slope = jax.value_and_grad(affine._clamp_at_zero)(var)
     assert value == clamped
     assert slope == 1

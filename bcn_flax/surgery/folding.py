@@ -73,7 +73,7 @@ def fold(conv: Convolution, norm: BatchNorm | None) -> dict[str, jax.Array]:
             )
         if norm is not None:
             mean, var, scale, shift = map(_wide, norm[:4])
-            learned = norms.learned(scale, shift, mean.size, jnp.float64)
+            learned = norms.learned_affine(scale, shift, mean.size, jnp.float64)
             f = chain(standardize(Moments(mean[None], var[None]), norm.epsilon), learned)
             shape = [1] * kernel.ndim
             shape[conv.axis] = -1

@@ -8,16 +8,16 @@ MUTANTS = (
     Mutant(
         "one-pass-variance",
         AFFINE,
-        "origin = checkpoint_name(_constant(near), MOMENTS)",
-        "origin = jnp.zeros_like(near)",
+        "origin = checkpoint_name(_constant_origin(center), MOMENTS)",
+        "origin = jnp.zeros_like(center)",
         "E[x^2] - E[x]^2 cancels where the mean is large: in Flax it is 25 % off at mean/std 1000.",
         hint="BatchNorm linen float32 data=mean 1e4",
     ),
     Mutant(
         "nan-in-the-origin",
         AFFINE,
-        "jnp.where(jnp.isfinite(near), near, 0)",
-        "near",
+        "jnp.where(jnp.isfinite(center), center, 0)",
+        "center",
         "A value that is not finite takes all others of its channel along.",
         hint="a value that is not finite is the only one",
     ),
@@ -33,8 +33,8 @@ MUTANTS = (
     Mutant(
         "variance-of-a-sample",
         AFFINE,
-        "_not_negative(second - square), size, origin, counts)",
-        "_not_negative(second - square) * divisor / jnp.maximum(divisor - 1, 1), size, origin, "
+        "_clamp_at_zero(second - square), size, origin, counts)",
+        "_clamp_at_zero(second - square) * divisor / jnp.maximum(divisor - 1, 1), size, origin, "
         "counts)",
         "Each channel of each sample is measured with Bessel's correction, before any pooling.",
         hint="BatchNorm: a batch norm does not see",
@@ -50,8 +50,8 @@ MUTANTS = (
     Mutant(
         "samples-weigh-the-same",
         AFFINE,
-        "_not_negative(second - square), size, origin, counts)",
-        "_not_negative(second - square), size, origin)",
+        "_clamp_at_zero(second - square), size, origin, counts)",
+        "_clamp_at_zero(second - square), size, origin)",
         "Under a mask a sample weighs in the batch whatever part of it counts, be it nothing.",
         hint="BatchNorm: a batch norm does not see",
     ),
@@ -207,8 +207,8 @@ MUTANTS = (
     Mutant(
         "origin-with-gradient",
         AFFINE,
-        "return lax.stop_gradient(jnp.where(jnp.isfinite(near), near, 0))",
-        "return jnp.where(jnp.isfinite(near), near, 0)",
+        "return lax.stop_gradient(jnp.where(jnp.isfinite(center), center, 0))",
+        "return jnp.where(jnp.isfinite(center), center, 0)",
         "The passes take the origin for a constant: a gradient through it is counted where it "
         "enters the maps, and not where it enters the sums.",
         hint="BatchNorm: gradients are slopes",
@@ -248,8 +248,8 @@ MUTANTS = (
     Mutant(
         "masked-values-in-the-origin",
         AFFINE,
-        "near = jnp.sum(widen(jnp.where(mask, x, 0)), space) / jnp.maximum(counts, 1)",
-        "near = jnp.mean(widen(x), space)",
+        "center = jnp.sum(widen(jnp.where(mask, x, 0)), space) / jnp.maximum(counts, 1)",
+        "center = jnp.mean(widen(x), space)",
         "What is masked has a part in the origin, and takes the digits of what counts if it is "
         "large.",
         hint="what a mask hides may be huge",

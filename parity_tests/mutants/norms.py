@@ -8,8 +8,8 @@ MUTANTS = (
     Mutant(
         "index-groups-ignored",
         NORMS,
-        "groups = axis_index_groups and tuple(map(tuple, axis_index_groups))",
-        "groups = None",
+        "pool_batch(m, None if initializing else axis_name, axis_index_groups)",
+        "pool_batch(m, None if initializing else axis_name)",
         "All devices pool together, though they were told to in groups.",
         hint="BatchChannelNorm: groups of devices",
     ),
@@ -48,8 +48,8 @@ MUTANTS = (
     Mutant(
         "momentum-swapped",
         NORMS,
-        "mixed = momentum * widen(old) + rate * lax.stop_gradient(new)",
-        "mixed = rate * widen(old) + momentum * lax.stop_gradient(new)",
+        "mixed = momentum * widen(old) + rate * new",
+        "mixed = rate * widen(old) + momentum * new",
         "PyTorch's momentum in Flax's place, as in bonlime/pytorch-tools (issue 97).",
         hint="EstimatedBatchNorm nnx",
     ),
@@ -64,12 +64,12 @@ MUTANTS = (
     Mutant(
         "gradient-through-the-estimates",
         NORMS,
-        "            standard = after if estimate else batch",
-        "            standard = after if estimate else batch\n"
+        "            chosen = updated if estimate else batch",
+        "            chosen = updated if estimate else batch\n"
         "            if estimate:\n"
         "                passed = batch.mean_from_zero, batch.var\n"
         "                leak = [(1 - momentum) * (v - lax.stop_gradient(v)) for v in passed]\n"
-        "                standard = Moments(after.mean + leak[0], after.var + leak[1])",
+        "                chosen = Moments(updated.mean + leak[0], updated.var + leak[1])",
         "Normalizing by the updated estimates lets a tenth of the batch's gradient through.",
         hint="EstimatedBatchNorm: training by estimates",
     ),
@@ -132,40 +132,40 @@ MUTANTS = (
     Mutant(
         "evaluation-by-the-batch",
         NORMS,
-        "    standard = running\n",
-        "    standard = pool_batch(m)\n",
+        "    chosen = running\n",
+        "    chosen = pool_batch(m)\n",
         "Evaluation normalizes by whatever else is in the batch.",
         hint="BatchNorm in evaluation: a sample does not see",
     ),
     Mutant(
         "normalized-before-the-update",
         NORMS,
-        "standard = after if estimate else batch",
-        "standard = running if estimate else batch",
+        "chosen = updated if estimate else batch",
+        "chosen = running if estimate else batch",
         "The batch is normalized by the estimates of the batches before it.",
         hint="EstimatedBatchNorm: training by estimates",
     ),
     Mutant(
         "estimate-normalizes-by-the-batch",
         NORMS,
-        "standard = after if estimate else batch",
-        "standard = batch",
+        "chosen = updated if estimate else batch",
+        "chosen = batch",
         "Plain batch norm, whatever `estimate` says: a copy in cellseg_models ignores it too.",
         hint="EstimatedBatchNorm: training by estimates",
     ),
     Mutant(
         "batch-norm-normalizes-by-the-estimates",
         NORMS,
-        "standard = after if estimate else batch",
-        "standard = after",
+        "chosen = updated if estimate else batch",
+        "chosen = updated",
         "Estimated statistics also where the batch's own were asked for.",
         hint="BatchNorm: a constant comes",
     ),
     Mutant(
         "batch-moments-without-gradient",
         NORMS,
-        "standard = after if estimate else batch",
-        "standard = after if estimate else lax.stop_gradient(batch)",
+        "chosen = updated if estimate else batch",
+        "chosen = updated if estimate else lax.stop_gradient(batch)",
         "Batch norm without the gradient through the batch's mean and variance.",
         hint="BatchNorm: gradients are slopes",
     ),
@@ -207,7 +207,7 @@ MUTANTS = (
         "channel-norm-of-single-channels",
         NORMS,
         "    pooled = pool_groups(m, learned.scale.shape[1])",
-        "    learned = spread(learned, m.mean)\n"
+        "    learned = per_channel(learned, m.mean)\n"
         "    pooled = pool_groups(m, learned.scale.shape[1])",
         "Moments over space only: an instance norm.",
         hint="ChannelNorm nnx",
@@ -223,7 +223,7 @@ MUTANTS = (
     Mutant(
         "group-mapped-from-its-own-origin",
         NORMS,
-        "    return Affine(f.scale, f.scale * (m.origin - spread(pooled.origin, m.mean)) + "
+        "    return Affine(f.scale, f.scale * (m.origin - per_channel(pooled.origin, m.mean)) + "
         "f.offset)",
         "    return f",
         "The map of a group is one of deviations from the group's origin; the values are measured "
@@ -250,7 +250,7 @@ MUTANTS = (
     Mutant(
         "output-type-of-the-input",
         NORMS,
-        "return promote(dtype, layer.param_dtype) if learns else dtype",
+        "return promote(dtype, layer.param_dtype) if has_parameters else dtype",
         "return dtype",
         "The result is of the input's type, and not of what input and parameters promote to.",
         hint="ChannelNorm: half precision is widened first",

@@ -9,7 +9,7 @@ MUTANTS = (
     Mutant(
         "masked-values-in-the-variance",
         PASSES,
-        "sums(_counted(jnp.square(e), mask), x, origin, axis)",
+        "sums(_apply_mask(jnp.square(e), mask), x, origin, axis)",
         "sums(jnp.square(e), x, origin, axis)",
         "What is masked counts in the variance all the same, as far from the mean as it is.",
         hint="BatchNorm: a batch norm does not see",
@@ -42,8 +42,8 @@ MUTANTS = (
     Mutant(
         "slope-of-a-square-without-its-2",
         PASSES,
-        "2 * sums(_counted(d * dot, mask), x, origin, axis)",
-        "sums(_counted(d * dot, mask), x, origin, axis)",
+        "2 * sums(_apply_mask(d * dot, mask), x, origin, axis)",
+        "sums(_apply_mask(d * dot, mask), x, origin, axis)",
         "The derivative of x^2 is 2x.",
         hint="BatchChannelNorm of the batch: gradients are slopes",
     ),
@@ -58,7 +58,7 @@ MUTANTS = (
     Mutant(
         "sum-pushed-forward-without-the-mask",
         PASSES,
-        "sums(_counted(dot, mask), x, origin, axis)",
+        "sums(_apply_mask(dot, mask), x, origin, axis)",
         "sums(dot, x, origin, axis)",
         "What the mask hides has no part in the mean, but gets its gradient.",
         hint="what a mask hides may be huge",
@@ -66,7 +66,7 @@ MUTANTS = (
     Mutant(
         "squares-pushed-forward-without-the-mask",
         PASSES,
-        "_counted(d * dot, mask)",
+        "_apply_mask(d * dot, mask)",
         "d * dot",
         "What the mask hides has no part in the variance, but gets its gradient.",
         hint="what a mask hides may be huge",
@@ -124,9 +124,9 @@ MUTANTS = (
     Mutant(
         "sum-transposed-to-a-mean",
         SPACE,
-        "            found = transposed.bind(*(cotangents[i] for i in asked), *args[-2:], "
+        "            found = transposed.bind(*(cotangents[i] for i in linear), *args[-2:], "
         "**params)",
-        "            found = transposed.bind(*(cotangents[i] for i in asked), *args[-2:], "
+        "            found = transposed.bind(*(cotangents[i] for i in linear), *args[-2:], "
         "**params)\n"
         "            found = [v * (args[-1].size / args[-2].size) for v in found]",
         "The gradient of a sum is divided by the number of its terms, as if it were a mean.",
@@ -135,8 +135,8 @@ MUTANTS = (
     Mutant(
         "gradients-to-the-first",
         SPACE,
-        "for i, cotangent in zip(asked, found, strict=True):",
-        "for i, cotangent in zip(asked, found[:1] * len(found), strict=True):",
+        "for i, cotangent in zip(linear, found, strict=True):",
+        "for i, cotangent in zip(linear, found[:1] * len(found), strict=True):",
         "What is laid out together gets one gradient for all, that of the first.",
         hint="BatchChannelNorm of the batch: gradients are slopes",
     ),
