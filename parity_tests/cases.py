@@ -107,6 +107,12 @@ class Case:
         """Of the parameters."""
         return "float32" if self.half else self.dtype
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the layer, with the standardization that the options name."""
+        named = {k: STANDARDIZATIONS[v] for k, v in self.options.items() if k == "standardization"}
+        return {**self.options, **named}
+
     def inputs(self, rng: np.random.Generator) -> np.ndarray:
         """An input, the same for all sides."""
         dtype = jnp.dtype(self.dtype)
@@ -116,9 +122,7 @@ class Case:
 
     def flax(self) -> nn.Module | nnx.Module:
         """The layer of linen or NNX."""
-        shared = {**self.options, "param_dtype": self.param_dtype}
-        if "standardization" in shared:
-            shared["standardization"] = STANDARDIZATIONS[shared["standardization"]]
+        shared = {**self.arguments, "param_dtype": self.param_dtype}
         shared |= {"dtype": self.dtype} if self.half else {}
         if self.api == "nnx":
             sizes = [self.shape[-1], *([shared.pop("features")] if "features" in shared else [])]
@@ -133,7 +137,7 @@ class Case:
 
         from parity_tests.torch_layers import Kept, layer
 
-        made = layer(self.layer, self.shape, self.options)
+        made = layer(self.layer, self.shape, self.arguments)
         made = Kept(made, self.kept) if self.wrapped else made
         return made.to(getattr(torch, self.param_dtype))
 

@@ -105,14 +105,10 @@ BETWEEN = {"in_features": C, "out_features": C}
 BY_THE_BATCH = {
     "BatchNorm": of_linen("BatchNorm", **TRAINING),
     "BatchChannelNorm of the batch": of_linen("BatchChannelNorm", **NOT_ESTIMATED),
-    "NNX BatchChannelNorm of the batch": of_nnx(
-        "BatchChannelNorm", num_features=C, **NOT_ESTIMATED
-    ),
 }
 BY_ESTIMATES = {
     "EstimatedBatchNorm": of_linen("EstimatedBatchNorm", **TRAINING),
     "BatchChannelNorm": of_linen("BatchChannelNorm", **ESTIMATED),
-    "NNX BatchChannelNorm": of_nnx("BatchChannelNorm", num_features=C, **ESTIMATED),
 }
 WITH_ESTIMATES = {**BY_THE_BATCH, **BY_ESTIMATES}
 BATCH_CHANNEL_NORMS = {k: v for k, v in WITH_ESTIMATES.items() if "BatchChannelNorm" in k}
@@ -126,11 +122,27 @@ KERNELS = {
     "WSDense": of_linen("WSDense", features=C),
     "WSConv": of_linen("WSConv", features=C, **WINDOW),
     "WSConvTranspose": of_linen("WSConvTranspose", features=C, **TRANSPOSED),
+}
+# These compute as linen's do, bit for bit, in everything that their constructors and calls take.
+NNX_ESTIMATED = of_nnx("BatchChannelNorm", num_features=C, **ESTIMATED)
+NNX_NOT_ESTIMATED = of_nnx("BatchChannelNorm", num_features=C, **NOT_ESTIMATED)
+NNX_NORMS = {
+    "NNX BatchChannelNorm": NNX_ESTIMATED,
+    "NNX BatchChannelNorm of the batch": NNX_NOT_ESTIMATED,
+}
+NNX = {
+    **NNX_NORMS,
+    "NNX BatchChannelNorm in evaluation": NNX_ESTIMATED.called_with(use_running_average=True),
+    "NNX BatchChannelNorm, frozen": NNX_NOT_ESTIMATED.called_with(update_stats=False),
+    "NNX BatchChannelNorm with all options": NNX_NOT_ESTIMATED.made_with(
+        batch_epsilon=0.1, running_variance="unbiased", axis=1, num_groups=1, num_features=3
+    ),
     "NNX WSDense": of_nnx("WSDense", **BETWEEN),
-    "NNX WSConv": of_nnx("WSConv", **BETWEEN, **WINDOW),
+    "NNX WSDense in half precision": of_nnx("WSDense", **BETWEEN, dtype=jnp.bfloat16),
+    "NNX WSConv": of_nnx("WSConv", **BETWEEN, **WINDOW, standardization=Standardization(gain=True)),
     "NNX WSConvTranspose": of_nnx("WSConvTranspose", **BETWEEN, **TRANSPOSED),
 }
-LAYERS = {**NORMS, **IN_EVALUATION, **KERNELS}
+LAYERS = {**NORMS, **IN_EVALUATION, **KERNELS, **NNX}
 
 # --- What a call shows ----------------------------------------------------------------------------
 
@@ -615,6 +627,33 @@ def part_of(case, part, name):
     return case.of(LAYERS[name])._replace(variables=variables)
 
 
+def an_nnx_layer_is_linens(case):
+    """To the last bit."""
+    assert_identical(observe(case), observe(case.of(in_linen(case.layer))))
+
+
+def under_a_mask_too_an_nnx_layer_is_linens(case):
+    an_nnx_layer_is_linens(some_hidden(case))
+
+
+def over_devices_too_an_nnx_layer_is_linens(case):
+    groups = {"axis_index_groups": ((0, 1), (2, 3))}
+    actual, expected = (
+        output_and_statistics(case.of(over_devices(layer.made_with(**groups), check_vma=False)))
+        for layer in (case.layer, in_linen(case.layer))
+    )
+    assert_identical(actual, expected)
+
+
+def in_linen(layer):
+    """Linen's layer of this name, which tells the number of input features from the input."""
+    options = {k: v for k, v in layer.options.items() if k not in ("num_features", "in_features")}
+    if "out_features" in options:
+        options["features"] = options.pop("out_features")
+    make = getattr(bcn_flax.linen, layer.make.__name__)
+    return Linen(make, FrozenDict(options), layer.call)
+
+
 # --- Precision ------------------------------------------------------------------------------------
 
 
@@ -866,7 +905,7 @@ def only(*names):
 # What compiles programs of its own goes with few: the batch norms are inside of the batch-channel
 # norms, and of these two show all that differs.
 SOME = {**BY_THE_BATCH, **only("BatchChannelNorm")}
-TWO = only("BatchChannelNorm", "NNX BatchChannelNorm of the batch")
+TWO = only("BatchChannelNorm", "BatchChannelNorm of the batch")
 
 TABLE = {
     samples_may_change_places: NORMS,
@@ -876,7 +915,7 @@ TABLE = {
     a_batch_norm_does_not_see_which_sample_a_value_is_of: only("BatchNorm"),
     a_channel_norm_does_not_see_which_channel_of_a_group_a_value_is_of: CHANNEL_NORM,
     channels_may_lie_along_any_axis: {**TWO, **CHANNEL_NORM},
-    the_layout_in_memory_changes_nothing: LAYERS,
+    the_layout_in_memory_changes_nothing: {**NORMS, **IN_EVALUATION, **KERNELS},
     scaling_the_input_is_scaling_epsilon: {**TWO, **CHANNEL_NORM},
     the_sign_of_the_input_is_that_of_the_scale: NORMS,
     shifting_a_channel_shifts_its_mean_alone: WITH_ESTIMATES,
@@ -897,7 +936,7 @@ TABLE = {
     evaluation_may_move_the_estimates_as_training_does: TWO,
     training_by_estimates_is_evaluation_by_those_that_it_leaves: BY_ESTIMATES,
     frozen_it_trains_by_its_estimates: only("BatchChannelNorm"),
-    frozen_it_trains_by_the_batch: only("NNX BatchChannelNorm of the batch"),
+    frozen_it_trains_by_the_batch: only("BatchChannelNorm of the batch"),
     a_channel_that_is_not_finite_keeps_its_estimates: WITH_ESTIMATES,
     a_value_that_is_not_finite_is_the_only_one: only(
         "EstimatedBatchNorm", "BatchNorm in evaluation"
@@ -908,6 +947,9 @@ TABLE = {
     a_channel_norm_follows_a_batch_norm: BATCH_CHANNEL_NORMS,
     under_a_mask_too_a_channel_norm_follows_a_batch_norm: TWO,
     a_channel_norm_is_a_group_norm_with_one_scale_and_bias_for_a_group: CHANNEL_NORM,
+    an_nnx_layer_is_linens: NNX,
+    under_a_mask_too_an_nnx_layer_is_linens: NNX_NORMS,
+    over_devices_too_an_nnx_layer_is_linens: NNX_NORMS,
     half_precision_is_widened_first_and_rounded_last: only(
         "BatchChannelNorm", "BatchChannelNorm in evaluation"
     ),
@@ -919,15 +961,13 @@ TABLE = {
     constant_weights_leave_all_finite: only("WSDense"),
     scaling_the_weights_is_scaling_epsilon: KERNELS,
     gradients_of_the_weights_of_an_output_have_mean_0: KERNELS,
-    a_call_changes_no_parameter: {**NORMS, **KERNELS},
+    a_call_changes_no_parameter: {**NORMS, **KERNELS, **only("NNX WSDense")},
     gradients_are_slopes: {**BY_THE_BATCH, **IN_EVALUATION, **CHANNEL_NORM, **KERNELS},
     curvatures_are_slopes_of_gradients: only(
         "BatchChannelNorm of the batch", "BatchChannelNorm in evaluation"
     ),
     forward_mode_is_reverse_mode: only("BatchChannelNorm of the batch", "WSConv"),
-    compiling_changes_nothing: only(
-        "BatchChannelNorm of the batch", "NNX BatchChannelNorm of the batch"
-    ),
+    compiling_changes_nothing: only("BatchChannelNorm of the batch"),
     checkpointing_changes_nothing: only("BatchChannelNorm of the batch"),
     rematerializing_changes_nothing: only("BatchChannelNorm"),
     a_sharded_batch_is_pooled_whole: TWO,

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 import bcn_torch
-from parity_tests.cases import STANDARDIZATIONS
 
 _WORDS = {
     "num_groups": "groups",
@@ -27,8 +26,7 @@ def layer(name: str, shape: tuple[int, ...], options: Mapping[str, Any]) -> torc
     """
     options = {_WORDS.get(key, key): value for key, value in options.items()}
     if "standardization" in options:
-        standardization = STANDARDIZATIONS[options["standardization"]]
-        options["standardization"] = bcn_torch.Standardization(*standardization)
+        options["standardization"] = bcn_torch.Standardization(*options["standardization"])
     if "momentum" in options:
         options["momentum"] = 1 - options["momentum"]
     first = [shape[-1]]

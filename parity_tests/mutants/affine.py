@@ -122,7 +122,7 @@ MUTANTS = (
         "\n"
         "    devices = 1\n",
         "Mean and variance survive a pmean of the sums, the size of the batch does not.",
-        hint="NNX BatchChannelNorm of the batch: groups of devices",
+        hint="BatchChannelNorm of the batch: groups of devices",
     ),
     Mutant(
         "groups-interleaved",

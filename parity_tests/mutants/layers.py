@@ -111,7 +111,7 @@ MUTANTS = (
         "self.mean[...], self.var[...] = stats",
         "_ = stats",
         "The running averages are computed and not stored.",
-        hint="NNX BatchChannelNorm: training by",
+        hint="NNX BatchChannelNorm: an nnx layer is linens",
     ),
     Mutant(
         "nnx-momentum-default",
@@ -131,7 +131,7 @@ MUTANTS = (
         "            type(self).__name__, self.use_running_average, use_running_average\n        )",
         "            type(self).__name__, self.use_running_average, None\n        )",
         "The call cannot say whether it evaluates.",
-        hint="NNX BatchChannelNorm in evaluation: evaluation",
+        hint="NNX BatchChannelNorm in evaluation: an nnx layer is linens",
     ),
     Mutant(
         "nnx-momentum-ignored",
@@ -139,7 +139,7 @@ MUTANTS = (
         "            momentum=momentum,\n",
         "",
         "BatchChannelNorm keeps its momentum to itself, as the authors' PBCNorm does.",
-        hint="NNX BatchChannelNorm of the batch: micro",
+        hint="NNX BatchChannelNorm: an nnx layer is linens",
     ),
     Mutant(
         "nnx-batch-epsilon-ignored",
@@ -147,7 +147,7 @@ MUTANTS = (
         "epsilon=epsilon if batch_epsilon is None else batch_epsilon",
         "epsilon=epsilon",
         "One epsilon serves both norms.",
-        hint="NNX BatchChannelNorm of the batch: scaling the input",
+        hint="NNX BatchChannelNorm with all options",
     ),
     Mutant(
         "nnx-estimate-ignored",
@@ -155,7 +155,7 @@ MUTANTS = (
         "(EstimatedBatchNorm if estimate else BatchNorm)(",
         "EstimatedBatchNorm(",
         "Estimated statistics always: a copy in cellseg_models ignores `estimate` too.",
-        hint="NNX BatchChannelNorm of the batch: a channel norm follows",
+        hint="NNX BatchChannelNorm of the batch: an nnx layer is linens",
     ),
     Mutant(
         "nnx-axis-name-ignored",
@@ -163,7 +163,7 @@ MUTANTS = (
         "            axis_name=axis_name,\n",
         "",
         "BatchChannelNorm does not tell its batch norm of the other devices.",
-        hint="NNX BatchChannelNorm of the batch: devices weigh",
+        hint="NNX BatchChannelNorm: over devices too",
     ),
     Mutant(
         "nnx-channel-norm-of-the-input",
@@ -171,7 +171,7 @@ MUTANTS = (
         "self.channel_norm.affine(push(f, m))",
         "self.channel_norm.affine(m)",
         "The channel norm is measured on the input, not on what the batch norm makes of it.",
-        hint="NNX BatchChannelNorm: a channel norm follows",
+        hint="NNX BatchChannelNorm: an nnx layer is linens",
     ),
     Mutant(
         "nnx-transposed-kernel-axis",
@@ -179,7 +179,7 @@ MUTANTS = (
         'return -2 if getattr(self, "transpose_kernel", False) else -1',
         "return -1",
         "A transposed convolution with exchanged axes is standardized along the wrong one.",
-        hint="NNX WSConvTranspose: shifting the weights",
+        hint="NNX WSConvTranspose: an nnx layer is linens",
     ),
     Mutant(
         "nnx-gain-ignored",
@@ -187,7 +187,7 @@ MUTANTS = (
         "gain=None if self.gain is None else self.gain[...]",
         "gain=None",
         "There is a gain, and nothing is multiplied by it.",
-        hint="WSConv nnx float64 features=6 kernel_size=3x3 padding=1 standardization=nfnet",
+        hint="NNX WSConv: an nnx layer is linens",
     ),
     Mutant(
         "nnx-weights-rounded-early",
@@ -195,7 +195,7 @@ MUTANTS = (
         "            self.kernel[...],",
         "            self._promote_dtype(values, **kwargs)[1],",
         "Weights are cast to half precision first, and standardized then.",
-        hint="NNX WSDense: weights are standardized before",
+        hint="NNX WSDense in half precision",
     ),
     Mutant(
         "nnx-weights-overwritten",
