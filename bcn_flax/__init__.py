@@ -15,6 +15,8 @@ from bcn_flax.linen import (
 )
 from bcn_flax.weight_standardization import Standardization, standardize_kernel
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MOMENTS",
     "BatchChannelNorm",

@@ -26,6 +26,8 @@ from bcn_torch.weight_standardization import (
     standardize_weight,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "VGG",
     "BatchChannelNorm",
