@@ -9,7 +9,7 @@ import pytest
 
 FLAX_SIDE = [
     "bcn_flax.interop",
-    "bcn_flax.interop.arrays",
+    "bcn_flax.interop.layouts",
     "bcn_flax.interop.matching",
     "bcn_flax.interop.naming",
     "bcn_flax.interop.trees",

@@ -12,8 +12,7 @@ import pytest
 import torch
 from flax import nnx
 
-from bcn_flax.interop import RULES, Rule, variables_from_torch
-from bcn_flax.interop.layouts import Layout, kernel
+from bcn_flax.interop import RULES, Layout, Rule, kernel, variables_from_torch
 from bcn_flax.parity import (
     AXES,
     CHANNELS,
@@ -153,10 +152,10 @@ def torch_transformer():
     )
 
 
-def of_heads(torch_shape, flax_shape, known):
+def of_heads(torch_shape, flax_shape, facts):
     """Flax gives the features of attention two axes, which PyTorch has as one."""
     if len(flax_shape) != 3:
-        return kernel(torch_shape, flax_shape, known)
+        return kernel(torch_shape, flax_shape, facts)
     return [
         Layout(
             "transposed, heads apart",
@@ -167,7 +166,7 @@ def of_heads(torch_shape, flax_shape, known):
     ]
 
 
-def flat(torch_shape, flax_shape, known):
+def flat(torch_shape, flax_shape, facts):
     """A bias for each feature of each head."""
     return [
         Layout(

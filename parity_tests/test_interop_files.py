@@ -105,7 +105,7 @@ def test_a_part_of_a_part_is_named_with_a_dot(tmp_path):
     path = tmp_path / "checkpoint.pt"
     optimizer = {"state": {0: {"momentum": torch.ones(2)}}}
     torch.save({"optimizer": optimizer, "net": {"model": STATE_DICT, "ema": STATE_DICT}}, path)
-    with pytest.raises(ValueError, match=r"take: key='net\.model' or key='net\.ema'\.$"):
+    with pytest.raises(ValueError, match=r"part: key='net\.model' or key='net\.ema'\.$"):
         interop.load(path)
     assert kinds(interop.load(path, key="net.model")) == kinds(STATE_DICT)
 
@@ -120,13 +120,13 @@ def test_flax_s_variables_are_no_state_dict(tmp_path):
 def test_a_part_of_a_checkpoint_must_be_named(tmp_path):
     path = tmp_path / "checkpoint.pt"
     torch.save({"epoch": 3, "model": STATE_DICT}, path)
-    with pytest.raises(ValueError, match="Say which part to take: key='model'"):
+    with pytest.raises(ValueError, match="Choose a part: key='model'"):
         interop.load(path)
     with pytest.raises(ValueError, match="holds no state_dict under 'epoch'"):
         interop.load(path, key="epoch")
     assert kinds(interop.load(path, key="model")) == kinds(STATE_DICT)
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="No part of it is one"):
+    with pytest.raises(ValueError, match="No part of it is a state_dict"):
         interop.load(path)
 
 

@@ -204,7 +204,7 @@ def autoencoder():
 def test_a_torch_module_tells_which_convolutions_are_transposed_but_not_flax_s_argument():
     like = shapes(Autoencoder(), jnp.ones((1, 8, 8, 3)))
     with pytest.raises(
-        ValueError, match=r"transpose_kernel: say transposed=\{'up': False\}, or True"
+        ValueError, match=r"transpose_kernel: pass transposed=\{'up': False\}, or True"
     ):
         interop.match(autoencoder(), like)
     flipped = interop.match(autoencoder(), like, transposed={"up": False})
@@ -220,8 +220,8 @@ def test_what_square_kernels_belong_to_is_presumed_aloud_in_one_line():
         for name, weight in state_dict.items()
     }
     report = str(interop.match(state_dict, {"params": like})).splitlines()
-    note = "taken for no transposed convolutions: a, b; transposed=['a'] says otherwise"
-    assert [line for line in report if "taken for" in line] == [note]
+    note = "assumed to be ordinary convolutions: a, b; otherwise pass transposed=['a']"
+    assert [line for line in report if "assumed" in line] == [note]
     assert report[-1] == note
 
 
@@ -242,7 +242,7 @@ def decoder():
 
 @pytest.mark.parametrize("transposed", [(), ["up"], {"up": False}])
 def test_beside_transposed_convolutions_square_ones_must_be_declared(transposed):
-    expected = r"ambiguous: square\.weight .* say transposed=\{'square': None\}"
+    expected = r"ambiguous: square\.weight .* pass transposed=\{'square': None\}"
     with pytest.raises(ValueError, match=expected) as caught:
         interop.match(*decoder(), transposed=transposed)
     assert "mix" not in str(caught.value)
@@ -252,7 +252,7 @@ def test_none_is_an_ordinary_convolution():
     report = str(interop.match(*decoder(), transposed={"up": False, "square": None}))
     (square,) = [line for line in report.splitlines() if line.startswith("square")]
     assert square.endswith("(O, I, *) -> (*, I, O)")
-    assert report.splitlines()[-1].startswith("taken for no transposed convolutions: mix;")
+    assert report.splitlines()[-1].startswith("assumed to be ordinary convolutions: mix;")
 
 
 def test_no_transposed_convolution_of_flax_has_groups():
@@ -275,7 +275,7 @@ def test_both_sides_must_agree_which_convolutions_are_transposed():
 def test_an_undeclared_transposed_convolution_is_misshapen_and_the_error_says_how_to_declare_it():
     layer, module = nn.ConvTranspose(5, (3, 3)), torch.nn.ConvTranspose2d(4, 5, 3)
     like = shapes(layer, jnp.ones((1, 8, 8, 4)))
-    with pytest.raises(ValueError, match=r"misshapen: weight .* say transposed=\[''\]"):
+    with pytest.raises(ValueError, match=r"misshapen: weight .* pass transposed=\[''\]"):
         interop.match(module.state_dict(), like)
     assert interop.match(module.state_dict(), like, transposed=[""])
 
@@ -369,9 +369,9 @@ def test_what_stays_behind_is_reported_with_what_to_do():
     module.norm1.bn.estbn_moving_speed.fill_(0.25)
     module.norm1.bn.num_batches_tracked.fill_(7)
     match = interop.match(module, shapes(OurNetwork(True), jnp.ones((1, 6, 5, 3))))
-    assert "norm1.bn.num_batches_tracked: left, as Flax counts no batches" in str(match)
+    assert "norm1.bn.num_batches_tracked: skipped, since Flax counts no batches" in str(match)
     assert (
-        "norm1.bn.estbn_moving_speed: left, as it is 0.25, for which Flax's batch norm takes "
+        "norm1.bn.estbn_moving_speed: skipped, since it is 0.25, which in Flax's batch norm is "
         "momentum=0.75" in str(match)
     )
     returned = match.to_torch(match.to_flax(module))

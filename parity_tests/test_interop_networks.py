@@ -131,7 +131,7 @@ def test_a_path_in_names_stands_for_what_is_in_it():
 def test_a_wrapper_s_name_is_taken_off_when_told_and_the_error_tells_how():
     module = torch.nn.DataParallel(torch.nn.Linear(3, 2))
     like = shapes(nn.Dense(2), jnp.ones((1, 3)))
-    with pytest.raises(ValueError, match=r'names=\{"module": ""\} takes off'):
+    with pytest.raises(ValueError, match=r'names=\{"module": ""\} removes'):
         interop.match(module.state_dict(), like)
     variables = interop.variables_from_torch(module, like, names={"module": ""})
     np.testing.assert_array_equal(
@@ -205,7 +205,7 @@ def test_a_possible_flatten_must_be_declared(order):
     state_dict, like = order(flattening_torch().state_dict()), shapes(FlatteningFlax(), IMAGES)
     with pytest.raises(ValueError, match=r"ambiguous: fc\.weight has 24 inputs") as caught:
         interop.match(state_dict, like)
-    assert "say flattened={'fc': 4}; if none were, flattened={'fc': 24}" in str(caught.value)
+    assert "pass flattened={'fc': 4}; if none were, pass flattened={'fc': 24}" in str(caught.value)
     assert "reordered" in str(interop.match(state_dict, like, flattened={"fc": 4}))
     assert "reordered" not in str(interop.match(state_dict, like, flattened={"fc": 24}))
 
@@ -243,23 +243,23 @@ def test_a_flatten_that_the_order_would_show_is_noted_where_the_order_is_lost():
     with pytest.raises(ValueError, match=r"ambiguous: fc\.weight has 64 inputs"):
         interop.match(state_dict, like)
     note = (
-        "taken for no flatten: fc: the order of the layers is unknown; flattened={'fc': 16} says "
-        "otherwise"
+        "assumed to follow no flatten: fc, because the order of the layers is unknown; otherwise "
+        "pass flattened={'fc': 16}"
     )
     assert str(interop.match(alphabetical(state_dict), like)).splitlines()[-1] == note
     said = interop.match(alphabetical(state_dict), like, flattened={"fc": 64})
-    assert "taken for no flatten" not in str(said)
+    assert "assumed" not in str(said)
 
 
 @pytest.mark.parametrize("order", [dict, alphabetical])
 def test_a_number_of_channels_that_no_layer_before_has_is_noted(order):
     state_dict, like = layers(conv=(16, 3, 3, 3), fc=(5, 64))
     report = str(interop.match(order(state_dict), like, flattened={"fc": 32}))
-    assert "'fc' has 32 channels, as said, but no convolution or norm before it" in report
+    assert "'fc' is given 32 channels, but no convolution or norm before it" in report
     assert report.endswith("there are [16]")
     for channels in (16, 64):
         report = str(interop.match(order(state_dict), like, flattened={"fc": channels}))
-        assert "as said" not in report
+        assert "is given" not in report
 
 
 def proposed(module, like):

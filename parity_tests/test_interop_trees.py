@@ -144,7 +144,11 @@ def test_a_value_too_large_for_its_new_type_is_refused_and_infinity_is_not():
     [
         ({}, DENSE, r"missing: .*; weight, for Flax's params/kernel \(3, 2\)"),
         (WEIGHTS, {}, r"unexpected: weight \(2, 3\), bias \(2,\), which have no counterpart in "),
-        ({"params": DENSE["params"]}, DENSE, "variables or NNX modules, state_dict_from_variables"),
+        (
+            {"params": DENSE["params"]},
+            DENSE,
+            "state_dict_from_variables makes a state_dict of Flax",
+        ),
         (WEIGHTS, LEAVES, r"there are also \['bias', 'kernel'\].*put them into"),
         (WEIGHTS, {**DENSE, "cache": {"i": jnp.ones(2)}}, r"there are also \['cache'\]"),
         (WEIGHTS, {"params": {"kernel": 1.0}}, "params/kernel is of type float"),
@@ -201,8 +205,8 @@ def test_ambiguous_and_vain_names_are_refused(modules, places, names, complaint)
         ({"names": {"fc": "block.0"}}, "'block.0', for 'fc', has dots; paths of Flax take \"/\""),
         ({"names": lambda _: "block.0"}, "as in 'block/0'"),
         ({"names": ["fc"]}, "or be a function, but it is ['fc']"),
-        ({"transposed": "fc"}, "it is the string 'fc': say ['fc']"),
-        ({"flattened": ["fc"]}, "it is ['fc']: say {path: channels}"),
+        ({"transposed": "fc"}, "it is the string 'fc': pass ['fc']"),
+        ({"flattened": ["fc"]}, "it is ['fc']: pass {path: channels}"),
     ],
 )
 def test_arguments_that_look_like_another_kind_are_refused(arguments, complaint):
@@ -241,7 +245,7 @@ def test_a_name_before_all_names_is_hinted_at_first():
     with pytest.raises(ValueError, match="tensor by tensor") as caught:
         interop.match(weights_at("net.fc", "net.head"), like)
     first, *_ = str(caught.value).splitlines()
-    assert first == 'All names begin with "net.", which names={"net": ""} takes off.'
+    assert first == 'All names begin with "net.", which names={"net": ""} removes.'
 
 
 def test_only_modules_of_the_same_leaves_and_shapes_are_proposed():

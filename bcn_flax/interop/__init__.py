@@ -1,9 +1,9 @@
-"""Move weights between Flax and PyTorch, in both directions, dropping nothing silently.
+"""Convert weights between Flax and PyTorch, in both directions; nothing is dropped silently.
 
-`match` finds which tensor is which leaf; what it returns prints as a report, and moves values.
-`variables_from_torch` and `state_dict_from_variables` do both at once; the Flax side is linen's
-variables or an NNX module, and `module_from_torch` makes such a module. `load` and `save` are for
-files.
+`match` finds which tensor is which leaf. The `Match` that it returns converts values in both
+directions and prints as a report. `variables_from_torch` and `state_dict_from_variables` match and
+convert in one call. Flax's side is linen's variables or an NNX module, and `module_from_torch`
+returns such a module. `load` and `save` read and write files.
 
 Names and layouts correspond by these rules:
 
@@ -13,7 +13,7 @@ Names and layouts correspond by these rules:
 | `layers_0` of a Sequential               | `0`                                                |
 | any path                                 | the path for which `names` gives it                |
 | `kernel` of a dense layer, `(in, out)`   | `weight`, `(out, in)`                              |
-| - after a flatten: `flattened` says so   | the same, inputs in another order                  |
+| - after a flatten: pass `flattened`      | the same, inputs in another order                  |
 | `kernel` of a convolution,               | `weight`,                                          |
 | `(*window, in, out)`                     | `(out, in, *window)`, any groups                   |
 | `kernel` of a transposed convolution,    | `weight`,                                          |
@@ -29,28 +29,46 @@ Names and layouts correspond by these rules:
 | `channel_norm/{scale,bias}` beside it    | the authors' `weight`, `bias`, `(1, groups, 1)`    |
 | nothing                                  | `num_batches_tracked`, `estbn_moving_speed`        |
 
-What no name and no shape tells must be said, or is refused: which dense layers follow a flatten,
-and `transpose_kernel` where a transposed convolution has as many inputs as outputs. Two things
-nobody can see, and the last lines of the report say where they were presumed:
+Some facts are shown neither by names nor by shapes: which dense layers follow a flatten, and the
+`transpose_kernel` of a transposed convolution with as many inputs as outputs. They must be given,
+or the match is an error. In two cases nobody can know, and the last lines of the report list what
+was assumed:
 
-- Between a `state_dict` and linen variables, the kernel of a convolution with as many inputs as
-  outputs is taken for an ordinary one's unless `transposed` names it. If there are transposed
-  convolutions, it is refused until `transposed` says what it is; `None` is an ordinary one. Give
-  the PyTorch module itself, or an NNX module, and it is known.
+- Between a `state_dict` and linen variables, a kernel with as many inputs as outputs is assumed to
+  be that of an ordinary convolution unless `transposed` names it. If the model has transposed
+  convolutions, it is an error until `transposed` gives its kind; `None` is an ordinary convolution.
+  The PyTorch module itself, or an NNX module, declares the kind.
 - A `.safetensors` file has lost the order of the layers. A dense layer with as many inputs as some
-  layer has features is then taken to follow that one without a flatten, unless `flattened` says
-  otherwise, though it may follow flattened images of another layer's fewer channels.
+  layer has features is then assumed to follow that layer without a flatten, unless `flattened` says
+  otherwise, although it may follow flattened images with the fewer channels of another layer.
 
-Equal weights are equal outputs if the layers' arguments correspond: Flax's `epsilon` is 1e-6 by
-default in its own norms and 1e-5 here and in PyTorch; `momentum` is the weight of the *old* average
-in Flax and of the *new* value in PyTorch. In training `torch.nn.BatchNorm` moves its running
-variance towards the unbiased variance of the batch, `n / (n - 1)` of what Flax takes. PyTorch's
-`padding=p, output_padding=q, dilation=d` of a transposed convolution with a window of `k` is Flax's
-`padding=[(d * (k - 1) - p, d * (k - 1) - p + q)]` and, with `q = 0` and `stride <= k`, for `p = 0`
-also `"VALID"`.
+Equal weights give equal outputs if the arguments of the layers correspond. Flax's own norms have an
+`epsilon` of 1e-6 by default; here and in PyTorch it is 1e-5. `momentum` is the weight of the *old*
+average in Flax and of the *new* value in PyTorch. In training, the running variance of
+`torch.nn.BatchNorm` moves towards the unbiased variance of the batch, `n / (n - 1)` times the one
+of Flax. A transposed convolution of PyTorch with a window of `k` and
+`padding=p, output_padding=q, dilation=d` has in Flax the
+`padding=[(d * (k - 1) - p, d * (k - 1) - p + q)]`; with `p = q = 0` and `stride <= k`, that is also
+`"VALID"`.
 
-Kernels of `DenseGeneral` and attention, whose features have several axes, are misshapen here.
-PyTorch itself is not imported, except to read and write its files: its tensors convert themselves.
+Kernels whose features have several axes, those of `DenseGeneral` and attention, are misshapen by
+these rules. For them, and for other names and layouts, pass `rules` of your own:
+
+    def of_heads(torch_shape, flax_shape, facts):
+        if len(flax_shape) != 3:
+            return kernel(torch_shape, flax_shape, facts)
+        return [
+            Layout(
+                "transposed, heads apart",
+                to_flax=lambda weight: weight.T.reshape(flax_shape),
+                to_torch=lambda kernel: kernel.reshape(torch_shape[::-1]).T,
+                torch_shape=lambda _: torch_shape,
+            )
+        ]
+
+    rules = {**RULES, ("params", "kernel"): Rule(("weight",), of_heads)}
+
+PyTorch is imported only to read and write its files: its tensors convert themselves.
 """
 
 from typing import Any, TypeVar
@@ -58,34 +76,56 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from bcn_flax.interop.files import load, save
-from bcn_flax.interop.layouts import Known, Layout
-from bcn_flax.interop.matching import match
-from bcn_flax.interop.moving import Match, Pair
-from bcn_flax.interop.naming import RULES, Rule
+from bcn_flax.interop.layers import Flattened, Pair, Transposed
+from bcn_flax.interop.layouts import (
+    RULES,
+    LayerFacts,
+    Layout,
+    Rule,
+    Rules,
+    embedding,
+    kernel,
+    same_order,
+    vector,
+)
+from bcn_flax.interop.matching import Match, match
+from bcn_flax.interop.naming import Names
 from bcn_flax.interop.trees import Variables, module_with, variables_of
 
 __all__ = [
     "RULES",
-    "Known",
+    "LayerFacts",
     "Layout",
     "Match",
+    "Names",
     "Pair",
     "Rule",
+    "Rules",
+    "embedding",
+    "kernel",
     "load",
     "match",
     "module_from_torch",
     "module_with",
+    "same_order",
     "save",
     "state_dict_from_variables",
     "variables_from_torch",
     "variables_of",
+    "vector",
 ]
 
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
 def variables_from_torch(
-    source: Any, like: Variables | nnx.Module, **options: Any
+    source: Any,
+    like: Variables | nnx.Module,
+    *,
+    names: Names | None = None,
+    transposed: Transposed = (),
+    flattened: Flattened | None = None,
+    rules: Rules = RULES,
 ) -> dict[str, Any]:
     """Flax variables with the values of a PyTorch `state_dict`.
 
@@ -97,20 +137,30 @@ def variables_from_torch(
         >>> variables = variables_from_torch(torch_model, like)  # doctest: +SKIP
 
     Args:
-        source: a `state_dict`, of PyTorch's tensors or NumPy's or JAX's arrays, or a PyTorch
-            module.
+        source: a `state_dict` of PyTorch's tensors or NumPy's or JAX's arrays, or a PyTorch module.
         like: the linen variables to fill, arrays or shapes, or an NNX module; the result has their
             structure, shapes and dtypes.
-        **options: `names`, `transposed`, `flattened`, `rules`: see `match`.
+        names: where in Flax a PyTorch module is; for this and the others see `match`.
+        transposed: which convolutions are transposed.
+        flattened: how many channels were flattened before a dense layer.
+        rules: which leaf has which names and layouts.
 
     Raises:
         ValueError: a tensor is missing, unexpected, misshapen or ambiguous; the message lists all
             of them.
     """
-    return match(source, like, **options).to_flax(source)
+    return match(source, like, names, transposed, flattened, rules).to_flax(source)
 
 
-def module_from_torch(source: Any, like: ModuleT, **options: Any) -> ModuleT:
+def module_from_torch(
+    source: Any,
+    like: ModuleT,
+    *,
+    names: Names | None = None,
+    transposed: Transposed = (),
+    flattened: Flattened | None = None,
+    rules: Rules = RULES,
+) -> ModuleT:
     """An NNX module with the values of a PyTorch `state_dict`.
 
     Example:
@@ -122,11 +172,13 @@ def module_from_torch(source: Any, like: ModuleT, **options: Any) -> ModuleT:
         Array([[3., 3.]], dtype=float32)
 
     Args:
-        source: a `state_dict`, of PyTorch's tensors or NumPy's or JAX's arrays, or a PyTorch
-            module.
+        source: a `state_dict` of PyTorch's tensors or NumPy's or JAX's arrays, or a PyTorch module.
         like: is copied, not changed; may be abstract, from `nnx.eval_shape`. Its variables other
             than parameters and statistics, such as random number generators, are copied too.
-        **options: `names`, `transposed`, `flattened`, `rules`: see `match`.
+        names: where in Flax a PyTorch module is; for this and the others see `match`.
+        transposed: which convolutions are transposed.
+        flattened: how many channels were flattened before a dense layer.
+        rules: which leaf has which names and layouts.
 
     Raises:
         ValueError: a tensor is missing, unexpected, misshapen or ambiguous; the message lists all
@@ -137,11 +189,18 @@ def module_from_torch(source: Any, like: ModuleT, **options: Any) -> ModuleT:
             f"`like` must be an NNX module, but it is of type {type(like).__name__}. For linen's "
             "variables there is variables_from_torch."
         )
-    return module_with(like, variables_from_torch(source, like, **options))
+    found = match(source, like, names, transposed, flattened, rules)
+    return module_with(like, found.to_flax(source))
 
 
 def state_dict_from_variables(
-    variables: Variables | nnx.Module, like: Any, **options: Any
+    variables: Variables | nnx.Module,
+    like: Any,
+    *,
+    names: Names | None = None,
+    transposed: Transposed = (),
+    flattened: Flattened | None = None,
+    rules: Rules = RULES,
 ) -> dict[str, Any]:
     """A PyTorch `state_dict` with the values of Flax variables.
 
@@ -154,11 +213,14 @@ def state_dict_from_variables(
         variables: of linen, or an NNX module.
         like: the `state_dict` to imitate, of PyTorch's tensors or NumPy's or JAX's arrays, or the
             PyTorch module; the result has its keys, shapes, dtypes, devices and kind of array.
-            Tensors that Flax does without, as `num_batches_tracked`, are kept from here.
-        **options: `names`, `transposed`, `flattened`, `rules`: see `match`.
+            Tensors that Flax does without, such as `num_batches_tracked`, are copied from here.
+        names: where in Flax a PyTorch module is; for this and the others see `match`.
+        transposed: which convolutions are transposed.
+        flattened: how many channels were flattened before a dense layer.
+        rules: which leaf has which names and layouts.
 
     Raises:
         ValueError: a tensor is missing, unexpected, misshapen or ambiguous; the message lists all
             of them.
     """
-    return match(like, variables, **options).to_torch(variables)
+    return match(like, variables, names, transposed, flattened, rules).to_torch(variables)

@@ -1,4 +1,4 @@
-"""Checkpoints in files: `.safetensors`, and what `torch.save` writes."""
+"""Read and write checkpoints: `.safetensors` files, and those of `torch.save`."""
 
 import importlib
 import os
@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from bcn_flax.interop import arrays, torch_side
+from bcn_flax.interop.layouts import array_like, dtype, to_numpy
+from bcn_flax.interop.trees import is_state_dict, torch_tensors
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 
@@ -27,24 +28,24 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Any]
         path: of a `.safetensors` file, which needs the package `safetensors` but not PyTorch and
             gives NumPy's arrays; or of a `.pt`, `.pth`, `.bin`, `.ckpt` or `.pth.tar` file of
             `torch.save`, which needs PyTorch, gives tensors on the CPU, and may hold nothing but
-            data: code is not run.
+            data: no code is run.
         key: of the `state_dict` in a checkpoint that holds more, a dictionary with entries such as
             `"model"` or `"state_dict"`; `"net.model"` is the entry `"model"` of the entry `"net"`.
 
     Raises:
-        ValueError: the file holds no `state_dict`, or objects other than data, or its name ends in
-            something else; the message says what there is.
+        ValueError: the file holds no `state_dict`, or objects other than data, or its name has
+            another ending; the message says what was found.
         ImportError: the package that reads such files is not installed.
     """
     path = Path(path)
-    if _is_safetensors(path):
+    if _require_format(path) == "safetensors":
         if key is not None:
             raise ValueError(
                 f"A .safetensors file has tensors and no parts: leave key={key!r} out."
             )
         # Sorted, because the file has them in an order that means nothing.
         return dict(sorted(_import_safetensors().load_file(path).items()))
-    return _part(path, _unpickled(path), key)
+    return _require_state_dict(path, _unpickle(path), key)
 
 
 def save(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
@@ -60,30 +61,28 @@ def save(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
         state_dict: tensors of PyTorch, or arrays of NumPy or JAX.
 
     Raises:
-        ValueError: it is no `state_dict`, or the file's name ends in something else.
+        ValueError: it is not a `state_dict`, or the file's name has another ending.
         ImportError: the package that writes such files is not installed.
     """
     path = Path(path)
-    tensors = torch_side.tensors(state_dict)
-    if _is_safetensors(path):
-        values = {
-            key: arrays.as_kind_of(np.empty(0, arrays.dtype(x)), arrays.values(x))
-            for key, x in tensors.items()
-        }
+    tensors = torch_tensors(state_dict)
+    if _require_format(path) == "safetensors":
+        arrays = {key: np.array(to_numpy(x), order="C") for key, x in tensors.items()}
         # Other readers of such files ask for this note.
-        _import_safetensors().save_file(values, path, metadata={"format": "pt"})
+        _import_safetensors().save_file(arrays, path, metadata={"format": "pt"})
     else:
         torch = _import_torch()
         torch.save({key: _as_tensor(torch, x) for key, x in tensors.items()}, path)
 
 
-def _is_safetensors(path: Path) -> bool:
+def _require_format(path: Path) -> Literal["safetensors", "torch"]:
+    """The format of a file, by its name."""
     if not path.name.endswith((".safetensors", *_TORCH)):
         raise ValueError(
-            f"A file's name tells its format and must end in .safetensors or one of {_TORCH}, but "
+            f"A file's name shows its format and must end in .safetensors or one of {_TORCH}, but "
             f"it is {path.name}."
         )
-    return path.suffix == ".safetensors"
+    return "safetensors" if path.suffix == ".safetensors" else "torch"
 
 
 def _import_safetensors() -> ModuleType:
@@ -101,17 +100,17 @@ def _import_torch() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"{', '.join(_TORCH)} files need PyTorch: "
-            'pip install "batch-channel-norm[torch]". Or have them written as .safetensors.'
+            'pip install "batch-channel-norm[torch]". Or use .safetensors files.'
         ) from error
 
 
-def _unpickled(path: Path) -> Any:
+def _unpickle(path: Path) -> Any:
     try:
         return _import_torch().load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         seen = re.search(r"GLOBAL ([\w.]+)", str(error))
         allow = seen and (
-            f" It holds {seen[1]}. If that is no more than data, allow it: load within `with "
+            f" It holds {seen[1]}. If that is only data, allow it: load within `with "
             f"torch.serialization.safe_globals([{seen[1]}]):`."
         )
         raise ValueError(
@@ -122,32 +121,32 @@ def _unpickled(path: Path) -> Any:
         ) from error
 
 
-def _part(path: Path, found: Any, key: str | None) -> dict[str, Any]:
-    """The `state_dict` in what a file holds."""
+def _require_state_dict(path: Path, found: Any, key: str | None) -> dict[str, Any]:
+    """The `state_dict` in what a file holds, under a key or not."""
     parts = dict(_parts(found))
     state_dict: Any = found if key is None else parts.get(key)
-    if torch_side.is_state_dict(state_dict):
+    if is_state_dict(state_dict):
         return dict(state_dict)
-    candidates = [name for name, part in parts.items() if torch_side.is_state_dict(part)]
+    candidates = [name for name, part in parts.items() if is_state_dict(part)]
     top = [*found] if isinstance(found, Mapping) else []
     raise ValueError(
         f"{path} holds no state_dict{'' if key is None else f' under {key!r}'}, but a "
         f"{type(found).__name__} of {top}. "
         + (
-            f"Say which part to take: {' or '.join(f'key={name!r}' for name in candidates)}."
+            f"Choose a part: {' or '.join(f'key={name!r}' for name in candidates)}."
             if candidates
-            else "No part of it is one."
+            else "No part of it is a state_dict."
         )
     )
 
 
 def _parts(found: Any) -> Iterator[tuple[str, Any]]:
-    """All entries of nested mappings, by their names joined with dots."""
+    """All entries of nested mappings, by their names, joined with dots."""
     named = (
         {k: x for k, x in found.items() if isinstance(k, str)} if isinstance(found, Mapping) else {}
     )
     for key, part in named.items():
-        if not torch_side.is_state_dict(part):
+        if not is_state_dict(part):
             yield from ((f"{key}.{inner}", x) for inner, x in _parts(part))
         yield key, part
 
@@ -155,6 +154,4 @@ def _parts(found: Any) -> Iterator[tuple[str, Any]]:
 def _as_tensor(torch: ModuleType, x: Any) -> Any:
     if hasattr(x, "detach"):
         return x.detach()
-    return arrays.as_kind_of(
-        torch.empty(0, dtype=getattr(torch, str(arrays.dtype(x)))), arrays.values(x)
-    )
+    return array_like(torch.empty(0, dtype=getattr(torch, str(dtype(x)))), to_numpy(x))

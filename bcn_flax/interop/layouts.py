@@ -1,16 +1,22 @@
-"""How the values of one tensor lie in PyTorch and in Flax: every rearrangement, and its way back.
+"""Arrays of PyTorch, NumPy and JAX, and how the axes of one correspond to those of another.
 
-A `Layout` moves values, a rule proposes layouts. PyTorch's shapes are written `(O, I, *)`: output
-features, input features (of one group), and any number of window axes.
+PyTorch is not imported: its tensors convert themselves. A `Layout` rearranges values in both
+directions; functions such as `kernel` propose the layouts for two shapes; a `Rule` says which
+leaf has which. PyTorch's shapes are written `(O, I, *)`: output features, input features (of one
+group), and any number of window axes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 Shape = tuple[int, ...]
-Values = np.ndarray[Any, Any]
+Path = tuple[str, ...]
+Array = np.ndarray[Any, Any]
 
 
 class Layout(NamedTuple):
@@ -21,18 +27,18 @@ class Layout(NamedTuple):
         to_flax: from PyTorch's tensor to Flax's array.
         to_torch: from Flax's array to PyTorch's tensor.
         torch_shape: the shape of PyTorch's tensor for a shape of Flax's array.
-        features: the axis of PyTorch's tensor along which the layer's outputs lie.
+        features: the axis of PyTorch's tensor that holds the layer's output features.
     """
 
     how: str
-    to_flax: Callable[[Values], Values]
-    to_torch: Callable[[Values], Values]
+    to_flax: Callable[[Array], Array]
+    to_torch: Callable[[Array], Array]
     torch_shape: Callable[[Shape], Shape]
     features: int = 0
 
 
-class Known(NamedTuple):
-    """What is known of a layer beyond its names and shapes; `None` where nobody said.
+class LayerFacts(NamedTuple):
+    """Facts about a layer that its names and shapes do not show; `None` if unknown.
 
     Attributes:
         transposed: whether it is a transposed convolution.
@@ -80,7 +86,7 @@ def reshaped(torch_shape: Shape, flax_shape: Shape) -> Layout:
 
 
 def unflattened(channels: int) -> Layout:
-    """A dense layer's weights, whose inputs are flattened images.
+    """The weights of a dense layer whose inputs are flattened images.
 
     PyTorch flattens `(channels, pixels)`, Flax `(pixels, channels)`.
     """
@@ -97,39 +103,161 @@ def unflattened(channels: int) -> Layout:
     )
 
 
-def anything(torch_shape: Shape, flax_shape: Shape, known: Known) -> list[Layout]:
-    """Values in the same order; axes of length 1 may come and go."""
+def kernel(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list[Layout]:
+    """Layouts for the kernel of a dense layer, a convolution, or a transposed convolution."""
+    if len(flax_shape) < 2:
+        return []
+    if facts.transposed:
+        by_flag = {False: FLIPPED, True: UNFLIPPED}
+        return [by_flag[flag] for flag in by_flag if facts.transpose_kernel in (flag, None)]
+    if len(flax_shape) == 2 and facts.channels not in (None, flax_shape[0]):
+        return [unflattened(facts.channels)]
+    return [TRANSPOSED]
+
+
+def embedding(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list[Layout]:
+    """The layout for an embedding: a row of features for each token, on both sides."""
+    return [EMBEDDED]
+
+
+def vector(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list[Layout]:
+    """Layouts for one number per feature or group; PyTorch's shape may be `(1, G, 1)`."""
+    # Of several axes of features, the channels are the first in PyTorch and the last in Flax.
+    return same_order(torch_shape, flax_shape, facts) if len(flax_shape) < 2 else []
+
+
+def same_order(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list[Layout]:
+    """The layout for values in the same order; only axes of length 1 may differ."""
     if torch_shape != flax_shape and _squeezed(torch_shape) == _squeezed(flax_shape):
         return [reshaped(torch_shape, flax_shape)]
     return [COPIED]
 
 
-def embedding(torch_shape: Shape, flax_shape: Shape, known: Known) -> list[Layout]:
-    """A row of features for each token, on both sides."""
-    return [EMBEDDED]
+class Rule(NamedTuple):
+    """What a leaf of Flax's variables is in PyTorch.
+
+    Attributes:
+        names: that PyTorch's tensor may have.
+        layouts: function of PyTorch's shape, Flax's shape and the facts about the layer, which
+            returns the layouts that are possible.
+    """
+
+    names: tuple[str, ...]
+    layouts: Callable[[Shape, Shape, LayerFacts], list[Layout]]
 
 
-def vector(torch_shape: Shape, flax_shape: Shape, known: Known) -> list[Layout]:
-    """One number for each feature or group; PyTorch may have it as `(1, G, 1)`."""
-    # Of several axes of features, the channels are the first in PyTorch and the last in Flax.
-    return anything(torch_shape, flax_shape, known) if len(flax_shape) < 2 else []
+Rules = Mapping[tuple[str, str], Rule]
+
+# By collection and name in Flax. A leaf that is not listed has the same name in PyTorch.
+RULES: Rules = MappingProxyType(
+    {
+        ("params", "kernel"): Rule(("weight",), kernel),
+        ("params", "embedding"): Rule(("weight",), embedding),
+        ("params", "scale"): Rule(("scale", "weight"), vector),
+        ("params", "bias"): Rule(("shift", "bias"), vector),
+        ("params", "negative_slope"): Rule(("weight",), vector),
+        ("batch_stats", "mean"): Rule(("exp_mean", "running_mean"), vector),
+        ("batch_stats", "var"): Rule(("exp_var", "running_var"), vector),
+    }
+)
 
 
-def kernel(torch_shape: Shape, flax_shape: Shape, known: Known) -> list[Layout]:
-    """Of a dense layer, a convolution, or a transposed convolution."""
-    if len(flax_shape) < 2:
+def rule_for(rules: Rules, path: Path) -> Rule:
+    """The rule for a leaf of Flax's variables."""
+    return rules.get((path[0], path[-1]), Rule((path[-1],), same_order))
+
+
+def may_be_transposed(torch_shape: Shape, flax_shape: Shape) -> bool:
+    """Whether the shapes are those of a transposed convolution's kernel."""
+    return len(flax_shape) > 2 and FLIPPED.torch_shape(flax_shape) == torch_shape
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` has a shape and a dtype; it may be a shape without values."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def shape(x: Any) -> Shape:
+    """The shape as a tuple of integers."""
+    return tuple(int(n) for n in x.shape)
+
+
+def dtype(x: Any) -> np.dtype[Any]:
+    """The dtype, as one of NumPy or `ml_dtypes`."""
+    return np.dtype(str(x.dtype).removeprefix("torch."))
+
+
+def kind(x: Any) -> str:
+    """The kind of its numbers: `bool`, `integer`, `floating` or `complexfloating`.
+
+    Example:
+        >>> kind(np.zeros(3, "bfloat16")), kind(np.array(3))
+        ('floating', 'integer')
+    """
+    kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    return next(k.__name__ for k in kinds if jnp.issubdtype(dtype(x), k)).rstrip("_")
+
+
+def to_numpy(x: Any) -> Array:
+    """The values as a NumPy array of the same dtype, which is one of `ml_dtypes` for bfloat16."""
+    if not hasattr(x, "detach"):
+        return np.asarray(x)
+    x, to = x.detach().cpu(), dtype(x)
+    # Copied, since PyTorch changes its tensors in place.
+    return np.array(x.numpy() if to.isbuiltin == 1 else x.float().numpy(), to)
+
+
+def to_jax(x: Array, to: np.dtype[Any]) -> jax.Array:
+    """The values as a JAX array of a dtype."""
+    return jnp.asarray(cast(x, to), to)
+
+
+def array_like(like: Any, x: Array) -> Any:
+    """The values as an array of the library, dtype and device of `like`."""
+    if hasattr(like, "new_tensor"):
+        # PyTorch takes from NumPy neither bfloat16 nor negative strides.
+        plain = x if x.dtype.isbuiltin == 1 else x.astype(np.float32)
+        device = "cpu" if like.is_meta else like.device
+        return like.new_tensor(np.array(plain, order="C"), device=device)
+    if isinstance(like, np.ndarray | np.generic):
+        return np.array(x, like.dtype, order="C")
+    return to_jax(x, dtype(like))
+
+
+def cast(x: Array, to: np.dtype[Any]) -> Array:
+    """The values rounded to a dtype."""
+    with np.errstate(over="ignore"):
+        return x.astype(to)
+
+
+def overflow(x: Array, to: np.dtype[Any]) -> list[str]:
+    """One line if a finite value would become infinite or NaN in a dtype, else none."""
+    finite = np.isfinite(x)
+    if np.array_equal(finite, np.isfinite(cast(x, to))):
         return []
-    if known.transposed:
-        by_flag = {False: FLIPPED, True: UNFLIPPED}
-        return [by_flag[flag] for flag in by_flag if known.transpose_kernel in (flag, None)]
-    if len(flax_shape) == 2 and known.channels not in (None, flax_shape[0]):
-        return [unflattened(known.channels)]
-    return [TRANSPOSED]
+    return [f"has values up to {float(np.abs(x[finite]).max()):g}, too large for {to}"]
+
+
+def equal(x: Any, y: Any) -> bool:
+    """Whether the values are equal; NaN equals NaN."""
+    return np.array_equal(to_numpy(x), to_numpy(y), equal_nan=True)
+
+
+def memory(x: Any) -> Hashable | None:
+    """A key that PyTorch's tensors share if they are the same memory; `None` for all others."""
+    if not hasattr(x, "data_ptr") or not x.data_ptr():
+        return None
+    return x.data_ptr(), shape(x), x.stride()
+
+
+def path_name(path: Path) -> str:
+    """A path of Flax as it is printed."""
+    return "/".join(path)
 
 
 def _squeezed(shape: Shape) -> Shape:
     return tuple(n for n in shape if n != 1)
 
 
-def _flip(x: Values, first: int) -> Values:
+def _flip(x: Array, first: int) -> Array:
     return np.flip(x, tuple(range(first, x.ndim)))

@@ -1,20 +1,169 @@
-"""Find which tensor of PyTorch is which leaf of Flax's variables, or say why that cannot be."""
+"""Match the tensors of PyTorch with the leaves of Flax's variables, and convert their values."""
 
 from collections.abc import Collection, Hashable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
-from bcn_flax.interop import arrays, flattening, naming, torch_side, transposing, trees
-from bcn_flax.interop.complaints import refuse
-from bcn_flax.interop.joining import Joined, better_names, join, missing, unexpected
-from bcn_flax.interop.layouts import Known
-from bcn_flax.interop.moving import Match, Pair
-from bcn_flax.interop.naming import RULES, Names, Path, Rules
-from bcn_flax.interop.torch_side import Tensors
-from bcn_flax.interop.trees import Leaves, Variables
+from bcn_flax.interop import layers, layouts, naming
+from bcn_flax.interop.layers import Flattened, Pair, Transposed
+from bcn_flax.interop.layouts import (
+    RULES,
+    LayerFacts,
+    Layout,
+    Path,
+    Rule,
+    Rules,
+    Shape,
+    may_be_transposed,
+    path_name,
+    rule_for,
+    shape,
+)
+from bcn_flax.interop.naming import SKIPPED, Names, Renames, module_and_leaf
+from bcn_flax.interop.trees import (
+    Leaves,
+    Tensors,
+    Variables,
+    differences,
+    flax_convolutions,
+    flax_leaves,
+    refuse,
+    torch_convolutions,
+    torch_tensors,
+)
 
-Transposed = Collection[str] | Mapping[str, bool | None]
+
+@dataclass(frozen=True)
+class Match:
+    """Which tensor of PyTorch is which leaf of Flax's variables; printed, a report.
+
+    Attributes:
+        pairs: every leaf of Flax's variables, with its tensor.
+        tied: tensors that share memory with another one: its key, by their keys.
+        skipped: tensors that have no counterpart in Flax: why nothing is lost, by their keys.
+        tensors: PyTorch's side as it was matched.
+        notes: what was assumed, or is unlikely.
+    """
+
+    pairs: tuple[Pair, ...]
+    tied: Mapping[str, str]
+    skipped: Mapping[str, str]
+    tensors: Tensors = field(repr=False)
+    notes: tuple[str, ...] = ()
+
+    def to_flax(self, source: Any, *, partial: bool = False) -> dict[str, Any]:
+        """Flax variables with the values of PyTorch's tensors.
+
+        Args:
+            source: a `state_dict` or module of the keys and shapes that were matched, or gradients
+                under their parameters' names.
+            partial: whether tensors may be missing, as statistics are among gradients. Their leaves
+                are then missing in the result.
+
+        Returns:
+            Variables as linen has them, in the dtypes of the leaves that were matched.
+
+        Raises:
+            ValueError: a tensor is missing, unexpected or misshapen, a value is too large for its
+                new dtype, or tied tensors differ; the message lists all of them.
+        """
+        tensors = torch_tensors(source)
+        shapes = {key: shape(x) for key, x in tensors.items()}
+        expected = {pair.key: pair.torch_shape for pair in self.pairs}
+        optional = (self.tied.keys() | self.skipped.keys()) - expected.keys()
+        refuse(
+            "The tensors must be those that were matched, but:",
+            differences(shapes, expected, optional, partial),
+        )
+        pairs = [pair for pair in self.pairs if pair.key in tensors]
+        values = {
+            pair.path: pair.layout.to_flax(layouts.to_numpy(tensors[pair.key])) for pair in pairs
+        }
+        problems = [
+            f"{pair.key} {problem}"
+            for pair in pairs
+            for problem in layouts.overflow(values[pair.path], pair.flax_dtype)
+        ]
+        problems += [
+            f"{key} and {other} were one tensor and now differ"
+            for key, other in self.tied.items()
+            if key in tensors and other in tensors
+            if not layouts.equal(tensors[key], tensors[other])
+        ]
+        refuse("The values must have a place in Flax, but:", problems)
+        return unflatten_dict(
+            {pair.path: layouts.to_jax(values[pair.path], pair.flax_dtype) for pair in pairs}
+        )
+
+    def to_torch(
+        self, variables: Variables | nnx.Module, *, partial: bool = False
+    ) -> dict[str, Any]:
+        """A PyTorch `state_dict` with the values of Flax variables.
+
+        Args:
+            variables: linen variables or an NNX module, with the leaves and shapes that were
+                matched, or gradients in the tree of the variables.
+            partial: whether leaves may be missing. Their tensors are then missing in the result, as
+                are those that have no counterpart in Flax.
+
+        Returns:
+            Keys, dtypes, devices and kind of array (PyTorch's, NumPy's or JAX's) are those of the
+            tensors that were matched; those in `skipped` are these tensors themselves.
+
+        Raises:
+            ValueError: a leaf is missing, unexpected or misshapen, a value is too large for its new
+                dtype, or tied tensors would get different values; the message lists all of them.
+        """
+        leaves = flax_leaves(variables)
+        refuse(
+            "The variables must be those that were matched, but:",
+            differences(
+                {path_name(path): shape(x) for path, x in leaves.items()},
+                {path_name(pair.path): pair.flax_shape for pair in self.pairs},
+                partial=partial,
+            ),
+        )
+        values = {
+            pair.key: pair.layout.to_torch(layouts.to_numpy(leaves[pair.path]))
+            for pair in self.pairs
+            if pair.path in leaves
+        }
+        for key, other in self.tied.items():
+            if other in values:
+                values.setdefault(key, values[other])
+        problems = [
+            f"{key} {problem}"
+            for key, x in values.items()
+            for problem in layouts.overflow(x, layouts.dtype(self.tensors[key]))
+        ]
+        problems += [
+            f"{key} and {other} are one tensor, for which Flax has different values"
+            for key, other in self.tied.items()
+            if key in values and other in values and not layouts.equal(values[key], values[other])
+        ]
+        refuse("The values must have a place in PyTorch, but:", problems)
+        converted = {k: layouts.array_like(self.tensors[k], x) for k, x in values.items()}
+        return {
+            key: converted.get(key, tensor)
+            for key, tensor in self.tensors.items()
+            if key in converted or not partial
+        }
+
+    def __str__(self) -> str:
+        """A line for each tensor of PyTorch: where it goes and how, or why not; then the notes."""
+        rows = [
+            (p.key, f"{p.torch_shape}", "->", path_name(p.path), f"{p.flax_shape}", p.layout.how)
+            for p in self.pairs
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        paired = {pair.key for pair in self.pairs}
+        lines += [f"{key}: tied to {o}" for key, o in self.tied.items() if key not in paired]
+        lines += [f"{key}: skipped, since {why}" for key, why in self.skipped.items()]
+        return "\n".join([*lines, *self.notes])
 
 
 def match(
@@ -22,10 +171,10 @@ def match(
     like: Variables | nnx.Module,
     names: Names | None = None,
     transposed: Transposed = (),
-    flattened: Mapping[str, int] | None = None,
+    flattened: Flattened | None = None,
     rules: Rules = RULES,
 ) -> Match:
-    """Find which tensor of PyTorch is which leaf of Flax's variables.
+    """Match each tensor of PyTorch with a leaf of Flax's variables.
 
     Example:
         >>> import numpy as np
@@ -37,17 +186,17 @@ def match(
         fc.bias    (10,)    ->  params/head/bias    (10,)    copied
 
     Args:
-        source: a `state_dict`, of PyTorch's tensors or NumPy's or JAX's arrays, or a PyTorch
-            module, which tells in addition which convolutions are transposed.
-        like: linen variables, arrays or shapes, or an NNX module, which tells the same.
+        source: a `state_dict` of PyTorch's tensors or NumPy's or JAX's arrays; or a PyTorch module,
+            which also declares which convolutions are transposed.
+        like: linen variables, arrays or shapes; or an NNX module, which declares the same.
         names: where in Flax a PyTorch module is, if not under its own name: from path to path, as
             in `{"layer1.0.downsample.0": "block_0/conv_proj"}`. A path stands for all modules in it
-            that have no entry of their own. `{"module": ""}` takes a wrapper's name off, which
-            all other paths, in any argument, may then leave out or have. Or a function of the full
-            path of the module that holds a tensor, `None` for its own name.
-        transposed: the paths of PyTorch's transposed convolutions, where neither side is a module;
-            or a mapping from these to Flax's `transpose_kernel`, where the shape does not tell it,
-            and to `None` from an ordinary convolution that could be a transposed one by its shape.
+            that have no entry of their own. `{"module": ""}` removes a wrapper's name, which all
+            other paths, in any argument, may then contain or not. Or a function of the full path of
+            the module that holds a tensor, which returns `None` for its own name.
+        transposed: the paths of PyTorch's transposed convolutions, if neither side is a module; or
+            a mapping from these to Flax's `transpose_kernel`, if the shape does not show it, and to
+            `None` from an ordinary convolution whose shape could be that of a transposed one.
         flattened: for each dense layer that follows a flatten, by its path in PyTorch, the number
             of channels that were flattened; its number of inputs, if there were no images.
         rules: which leaf has which names and layouts.
@@ -56,47 +205,115 @@ def match(
         ValueError: a tensor is missing, unexpected, misshapen, of another kind of number, or
             ambiguous, or an argument names no module; the message lists all of them.
     """
-    _check_arguments(names, transposed, flattened)
-    tensors, leaves = torch_side.tensors(source), trees.flax_leaves(like)
-    _check_collections(leaves, rules)
-    modules = {_module(key) for key in tensors}
-    names = names if callable(names) else naming.names_in_full(names or {}, modules)
-    wrapper = naming.taken_off(names, modules)
-    told = {naming.in_full(m, wrapper, modules): x for m, x in _told(transposed).items()}
-    flattened = {naming.in_full(m, wrapper, modules): n for m, n in (flattened or {}).items()}
+    _require_argument_types(names, transposed, flattened)
+    tensors, leaves = torch_tensors(source), flax_leaves(like)
+    declared = torch_convolutions(source), flax_convolutions(like)
+    _refuse_other_collections(leaves, rules)
 
-    joined = join(leaves, tensors, names, rules)
-    paths = {key: joined.paths[key] for key in tensors if key in joined.paths}  # as the layers are
-    said = {
-        "PyTorch's module": torch_side.convolutions(source),
-        "Flax's module": _by_torch_module(trees.convolutions(like), paths),
-        "`transposed`": told,
-    }
-    known, problems = _known(paths, said, flattened)
-    problems += joined.ambiguous + _vain(names, told, flattened, paths, tensors, leaves)
-    pairs = []
-    for key, path in paths.items():
-        pair, misfits = _pair(key, tensors[key], path, leaves[path], known[key], rules)
-        pairs += pair
-        problems += misfits
-    undeclared, presumed = transposing.undeclared(pairs, known, _by_shape(paths, tensors, leaves))
-    suspicions, unflattened = flattening.undeclared(pairs, flattened)
-    problems += undeclared + suspicions
-    tied = _tied(tensors, paths)
-    left = _left(tensors, paths.keys() | tied)
+    torch_shapes = {key: shape(x) for key, x in tensors.items()}
+    flax_shapes = {path: shape(x) for path, x in leaves.items()}
+    renames = Renames.of(names, {module_and_leaf(key)[0] for key in tensors})
+    found = naming.match_names(torch_shapes, flax_shapes, renames, rules)
+    better = found if callable(names) else naming.with_better_names(found)
+    tied = _tied(tensors, better.paths)
+    skipped = _skipped(tensors, better.paths.keys() | tied)
 
-    unjoined, hints, proposal = _unjoined(joined, leaves, tensors, names, rules, left)
+    sources = layers.facts_by_source(found, *declared, transposed, flattened or {})
+    any_transposed = layers.any_transposed(sources, found)
+    candidates = [
+        _Candidate(
+            key,
+            tensors[key],
+            path,
+            leaves[path],
+            rule_for(rules, path),
+            layers.resolve(sources, key),
+        )
+        for key, path in found.paths.items()
+    ]
+    pairs = [candidate.pair() for candidate in candidates if not candidate.errors()]
     refuse(
-        hints + "The state_dict and the Flax variables must match, tensor by tensor, but:",
-        problems + unjoined,
-        "Build both models with the same configuration, or say with `names` where in Flax a module "
-        "of PyTorch is." + proposal,
+        naming.name_hints(found, better)
+        + "The state_dict and the Flax variables must match, tensor by tensor, but:",
+        naming.name_errors(found, better, tied.keys() | skipped)
+        + layers.fact_errors(sources, found)
+        + [line for candidate in candidates for line in candidate.errors()]
+        + layers.ambiguities(pairs, any_transposed),
+        "Build both models with the same configuration, or pass `names` to say where in Flax a "
+        "module of PyTorch is." + naming.name_proposal(found, better),
     )
-    notes = [*presumed, *unflattened, *flattening.unlikely(pairs, flattened)]
-    return Match(tuple(pairs), tied, left, tensors, tuple(notes))
+    return Match(tuple(pairs), tied, skipped, tensors, tuple(layers.notes(pairs, any_transposed)))
 
 
-def _check_arguments(names: Any, transposed: Any, flattened: Any) -> None:
+class _Candidate(NamedTuple):
+    """A tensor and the leaf of the same name, which become a pair if a layout fits both."""
+
+    key: str
+    tensor: Any
+    path: Path
+    leaf: Any
+    rule: Rule
+    facts: LayerFacts
+
+    def pair(self) -> Pair:
+        torch_shape, flax_shape = shape(self.tensor), shape(self.leaf)
+        (layout,) = self._fitting()
+        dtype = layouts.dtype(self.leaf)
+        return Pair(self.key, torch_shape, self.path, flax_shape, dtype, layout, self.facts)
+
+    def errors(self) -> list[str]:
+        """Why they are no pair: one line, or none."""
+        torch_shape, flax_shape = shape(self.tensor), shape(self.leaf)
+        flax = f"Flax's {path_name(self.path)}"
+        module, _ = module_and_leaf(self.key)
+        fitting = self._fitting()
+        if len(fitting) > 1:
+            return [
+                f"ambiguous: {self.key}, of a transposed convolution, is {torch_shape}, which does "
+                "not show Flax's transpose_kernel: pass "
+                f"transposed={{{module!r}: False}}, or True"
+            ]
+        if fitting and layouts.kind(self.tensor) != layouts.kind(self.leaf):
+            return [
+                f"of another kind: {self.key} is {layouts.dtype(self.tensor)}, but {flax} of shape "
+                f"{flax_shape} is {layouts.dtype(self.leaf)}"
+            ]
+        if fitting:
+            return []
+        needed = {layout.torch_shape(flax_shape): None for layout in self._possible()}
+        error = f"misshapen: {self.key} is {torch_shape}, but {flax} of shape {flax_shape} "
+        error += (
+            f"needs {' or '.join(map(str, needed))}"
+            if needed
+            else "has no counterpart: no rule knows such a shape"
+        )
+        if self.facts.transposed:
+            if _is_grouped(torch_shape, needed):
+                error += "; Flax has no grouped transposed convolution"
+        elif self.path[-1] == "kernel" and may_be_transposed(torch_shape, flax_shape):
+            error += f"; if it is a transposed convolution, pass transposed=[{module!r}]"
+        return [error]
+
+    def _possible(self) -> list[Layout]:
+        return self.rule.layouts(shape(self.tensor), shape(self.leaf), self.facts)
+
+    def _fitting(self) -> list[Layout]:
+        torch_shape, flax_shape = shape(self.tensor), shape(self.leaf)
+        return [x for x in self._possible() if x.torch_shape(flax_shape) == torch_shape]
+
+
+def _is_grouped(torch_shape: Shape, needed: Iterable[Shape]) -> bool:
+    """Whether a transposed convolution has fewer outputs than needed, as one of groups has."""
+    return any(
+        torch_shape != shape
+        and (torch_shape[0], *torch_shape[2:]) == (shape[0], *shape[2:])
+        and shape[1] % torch_shape[1] == 0
+        for shape in needed
+        if len(shape) == len(torch_shape)
+    )
+
+
+def _require_argument_types(names: Any, transposed: Any, flattened: Any) -> None:
     """Refuse what Python would take for something else, or fail on later."""
     if not (names is None or callable(names) or isinstance(names, Mapping)):
         raise ValueError(
@@ -106,210 +323,37 @@ def _check_arguments(names: Any, transposed: Any, flattened: Any) -> None:
     if isinstance(transposed, str):
         raise ValueError(
             "transposed must be a collection of paths, or map them to transpose_kernel, but it is "
-            f"the string {transposed!r}: say [{transposed!r}]."
+            f"the string {transposed!r}: pass [{transposed!r}]."
         )
     if not (flattened is None or isinstance(flattened, Mapping)):
         raise ValueError(
             "flattened must map paths of dense layers to numbers of channels, but it is "
-            f"{flattened!r}: say {{path: channels}}."
+            f"{flattened!r}: pass {{path: channels}}."
         )
 
 
-def _check_collections(leaves: Leaves, rules: Rules) -> None:
+def _refuse_other_collections(leaves: Leaves, rules: Rules) -> None:
     known = {collection for collection, _ in rules}
-    strange = sorted({path[0] for path in leaves} - known)
-    if strange:
+    others = sorted({path[0] for path in leaves} - known)
+    if others:
         raise ValueError(
             f"Of Flax's variables, only the collections {sorted(known)} have counterparts in "
-            f"PyTorch, but there are also {strange}. Leave those out, or, if these are parameters, "
+            f"PyTorch, but there are also {others}. Leave those out, or, if these are parameters, "
             'put them into {"params": ...}.'
         )
 
 
-def _told(transposed: Transposed) -> dict[str, Known]:
-    if isinstance(transposed, Mapping):
-        return {module: Known(flag is not None, flag) for module, flag in transposed.items()}
-    return {module: Known(True) for module in transposed}
-
-
-def _by_torch_module(known: Mapping[Path, Known], paths: Mapping[str, Path]) -> dict[str, Known]:
-    """What is known of Flax's modules, by the paths of PyTorch's."""
-    return {_module(key): known[path[1:-1]] for key, path in paths.items() if path[1:-1] in known}
-
-
-def _vain(
-    names: Names,
-    told: Mapping[str, Known],
-    flattened: Mapping[str, int],
-    paths: Mapping[str, Path],
-    tensors: Tensors,
-    leaves: Leaves,
-) -> list[str]:
-    """Complaints about arguments that name nothing, or what they cannot be about."""
-    kernels = {
-        _module(key): arrays.shape(tensors[key])
-        for key, path in paths.items()
-        if path[-1] == "kernel"
-    }
-    modules = {_module(key) for key in tensors}
-    dense = {module: shape[1] for module, shape in kernels.items() if len(shape) == 2}
-    return [
-        *(
-            f"names: {module!r} is no module of the state_dict"
-            for module in naming.without_effect(names, modules)
-        ),
-        *(
-            f'names: {place!r}, for {module!r}, has dots; paths of Flax take "/", as in '
-            f"{place.replace('.', '/')!r}"
-            for module, place in naming.dotted(names, modules, leaves).items()
-        ),
-        *(
-            f"transposed: {module!r} is no convolution of the state_dict"
-            for module in told
-            if len(kernels.get(module, ())) < 3
-        ),
-        *(
-            f"flattened: {module!r} is no dense layer of the state_dict"
-            for module in flattened
-            if module not in dense
-        ),
-        *(
-            f"flattened: {module!r} has {dense[module]} inputs, which {channels} does not divide"
-            for module, channels in flattened.items()
-            if module in dense and (channels < 1 or dense[module] % channels)
-        ),
-    ]
-
-
-def _known(
-    paths: Mapping[str, Path],
-    said: Mapping[str, Mapping[str, Known]],
-    flattened: Mapping[str, int],
-) -> tuple[dict[str, Known], list[str]]:
-    """By key, what is known of its layer; and complaints about contradictions."""
-    known, problems = {}, []
-    for key, path in paths.items():
-        module = _module(key)
-        kernel = path[-1] == "kernel"
-        sayings = {who: s[module] for who, s in said.items() if kernel and module in s}
-        agreed, contradictions = _agreed(key, sayings)
-        known[key] = agreed._replace(channels=flattened.get(module))
-        problems += contradictions
-    return known, problems
-
-
-def _by_shape(paths: Mapping[str, Path], tensors: Tensors, leaves: Leaves) -> bool:
-    """Whether any kernel is of a transposed convolution, and of no other, by its shape."""
-    shapes = [
-        (arrays.shape(tensors[key]), arrays.shape(leaves[path]))
-        for key, path in paths.items()
-        if path[-1] == "kernel"
-    ]
-    return any(
-        transposing.fits(torch_shape, flax_shape) and flax_shape[-1] != flax_shape[-2]
-        for torch_shape, flax_shape in shapes
-    )
-
-
-def _agreed(key: str, sayings: Mapping[str, Known]) -> tuple[Known, list[str]]:
-    """What all who know something of a convolution say of it, and where they differ."""
-    problems, agreed = [], Known()
-    for what in ("transposed", "transpose_kernel"):
-        said = {who: getattr(known, what) for who, known in sayings.items()}
-        said = {who: flag for who, flag in said.items() if flag is not None}
-        if len({*said.values()}) > 1:
-            words = ", ".join(f"{who} says {what}={flag}" for who, flag in said.items())
-            problems.append(f"contradictory: of {key}, {words}")
-        for flag in said.values():
-            agreed = agreed._replace(**{what: flag})
-    return agreed, problems
-
-
-def _pair(
-    key: str, tensor: Any, path: Path, leaf: Any, known: Known, rules: Rules
-) -> tuple[list[Pair], list[str]]:
-    """The pair, or a complaint."""
-    torch_shape, flax_shape = arrays.shape(tensor), arrays.shape(leaf)
-    flax = f"Flax's {trees.name(path)} of shape {flax_shape}"
-    layouts = naming.rule_for(rules, path).layouts(torch_shape, flax_shape, known)
-    fitting = [layout for layout in layouts if layout.torch_shape(flax_shape) == torch_shape]
-    if not fitting:
-        shapes = dict.fromkeys(layout.torch_shape(flax_shape) for layout in layouts)
-        needed = " or ".join(map(str, shapes))
-        problem = f"misshapen: {key} is {torch_shape}, but {flax} "
-        problem += f"needs {needed}" if needed else "has no counterpart: no rule knows such a shape"
-        if (
-            path[-1] == "kernel"
-            and not known.transposed
-            and transposing.fits(torch_shape, flax_shape)
-        ):
-            problem += f"; if it is a transposed convolution, say transposed=[{_module(key)!r}]"
-        if known.transposed and transposing.grouped(torch_shape, shapes):
-            problem += "; Flax has no grouped transposed convolution"
-        return [], [problem]
-    if len(fitting) > 1:
-        return [], [
-            f"ambiguous: {key}, of a transposed convolution, is {torch_shape}, which does not tell "
-            f"Flax's transpose_kernel: say transposed={{{_module(key)!r}: False}}, or True"
-        ]
-    if arrays.kind(tensor) != arrays.kind(leaf):
-        return [], [
-            f"of another kind: {key} is {arrays.dtype(tensor)}, but {flax} is {arrays.dtype(leaf)}"
-        ]
-    return [Pair(key, torch_shape, path, flax_shape, arrays.dtype(leaf), fitting[0])], []
-
-
 def _tied(tensors: Tensors, matched: Collection[str]) -> dict[str, str]:
-    """The tensors that are one in memory with a matched one, and that one."""
+    """The tensors that share memory with a matched one, and the key of that one."""
     first: dict[Hashable, str] = {}
     for key in tensors:
-        if key in matched and arrays.memory(tensors[key]) is not None:
-            first.setdefault(arrays.memory(tensors[key]), key)
-    others = {key: first.get(arrays.memory(tensor)) for key, tensor in tensors.items()}
+        if key in matched and layouts.memory(tensors[key]) is not None:
+            first.setdefault(layouts.memory(tensors[key]), key)
+    others = {key: first.get(layouts.memory(tensor)) for key, tensor in tensors.items()}
     return {key: other for key, other in others.items() if other not in (None, key)}
 
 
-def _left(tensors: Tensors, accounted: Collection[str]) -> dict[str, str]:
-    """Why other tensors stay behind."""
-    leaves = {key: naming.module_and_leaf(key)[1] for key in tensors if key not in accounted}
-    return {k: naming.LEFT[leaf](tensors[k]) for k, leaf in leaves.items() if leaf in naming.LEFT}
-
-
-def _unjoined(
-    joined: Joined,
-    leaves: Leaves,
-    tensors: Tensors,
-    names: Names,
-    rules: Rules,
-    left: Collection[str],
-) -> tuple[list[str], str, str]:
-    """Complaints about what finds no counterpart by its name, hints at why, and names to copy."""
-    wrapper, better = better_names(joined, leaves, tensors, names, rules)
-    best = join(leaves, tensors, better, rules)
-    gained = len(best.paths) - len(joined.paths)
-    accounted = {*best.paths, *_tied(tensors, best.paths), *left}
-    problems = [
-        *missing(best, leaves),
-        *unexpected([key for key in tensors if key not in accounted], tensors, names),
-        *([f"under other names: {gained} tensors that fit leaves of Flax"] if gained else []),
-    ]
-    proposal = "" if callable(better) or not gained else _proposal(better)
-    return problems, _hints(wrapper, tensors), proposal
-
-
-def _proposal(names: Mapping[str, str]) -> str:
-    """Names to copy."""
-    entries = [f'    "{module}": "{place}",' for module, place in names.items()]
-    lines = ["By shapes and order, to be checked and edited:", "names={", *entries, "}"]
-    return "\n" + "\n".join(lines)
-
-
-def _hints(wrapper: str, keys: Iterable[str]) -> str:
-    """Of the usual reasons why names do not match, those that the keys show."""
-    hint = f'All names begin with "{wrapper}.", which names={{"{wrapper}": ""}} takes off.\n'
-    slashes = "A state_dict joins its names with dots, not slashes.\n"
-    return hint * bool(wrapper) + slashes * any("/" in key for key in keys)
-
-
-def _module(key: str) -> str:
-    return naming.module_and_leaf(key)[0]
+def _skipped(tensors: Tensors, accounted: Collection[str]) -> dict[str, str]:
+    """The tensors without which Flax does, and why nothing is lost."""
+    leaves = {key: module_and_leaf(key)[1] for key in tensors if key not in accounted}
+    return {k: SKIPPED[leaf](tensors[k]) for k, leaf in leaves.items() if leaf in SKIPPED}

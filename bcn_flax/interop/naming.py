@@ -1,85 +1,230 @@
-"""Which names of PyTorch and Flax mean the same."""
+"""Which names of PyTorch and Flax correspond, and so which tensor is which leaf."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from itertools import pairwise
+from itertools import chain, pairwise, takewhile
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from bcn_flax.interop.arrays import values
-from bcn_flax.interop.layouts import Known, Layout, Shape, anything, embedding, kernel, vector
-
-Name = tuple[str, ...]
-Path = tuple[str, ...]
-Names = Mapping[str, str] | Callable[[str], str | None]
-
-
-class Rule(NamedTuple):
-    """What a leaf of Flax's variables is in PyTorch.
-
-    Attributes:
-        names: that PyTorch's tensor may have.
-        layouts: of the two shapes and what is known of the layer, the layouts that may hold.
-    """
-
-    names: tuple[str, ...]
-    layouts: Callable[[Shape, Shape, Known], list[Layout]]
-
-
-Rules = Mapping[tuple[str, str], Rule]
-
-# By collection and name in Flax. A leaf that is not listed has the same name in PyTorch.
-RULES: Rules = MappingProxyType(
-    {
-        ("params", "kernel"): Rule(("weight",), kernel),
-        ("params", "embedding"): Rule(("weight",), embedding),
-        ("params", "scale"): Rule(("scale", "weight"), vector),
-        ("params", "bias"): Rule(("shift", "bias"), vector),
-        ("params", "negative_slope"): Rule(("weight",), vector),
-        ("batch_stats", "mean"): Rule(("exp_mean", "running_mean"), vector),
-        ("batch_stats", "var"): Rule(("exp_var", "running_var"), vector),
-    }
+from bcn_flax.interop.layouts import (
+    LayerFacts,
+    Path,
+    Rules,
+    Shape,
+    path_name,
+    rule_for,
+    to_numpy,
 )
 
+Names = Mapping[str, str] | Callable[[str], str | None]
+Canonical = tuple[str, ...]
+T = TypeVar("T")
 
-def rule_for(rules: Rules, path: Path) -> Rule:
-    """The rule for a leaf of Flax's variables."""
-    return rules.get((path[0], path[-1]), Rule((path[-1],), anything))
 
-
-# PyTorch's buffers that Flax does without, and what becomes of them.
-LEFT: Mapping[str, Callable[[Any], str]] = MappingProxyType(
+# PyTorch's buffers that Flax does without, and why nothing is lost.
+SKIPPED: Mapping[str, Callable[[Any], str]] = MappingProxyType(
     {
         "num_batches_tracked": lambda _: "Flax counts no batches",
-        "estbn_moving_speed": lambda x: _moving_speed(values(x).item()),
+        "estbn_moving_speed": lambda x: _moving_speed(to_numpy(x).item()),
     }
 )
 
-# The authors' batch-channel norm has its batch norm under these names, and its channel norm's
-# parameters as its own.
+# The names of the batch norm inside the authors' batch-channel norm. The parameters of its channel
+# norm are its own.
 AUTHORS_BATCH_NORM = ("bn", "pbn")
 
-# PyTorch's wrappers put their own name before all others.
+# The names that PyTorch's wrappers put before all others.
 WRAPPERS = ("module", "_orig_mod", "model")
 
 
-def canonical(components: Iterable[str]) -> Name:
-    """A module's name without the choices that Flax and PyTorch make differently.
+class Renames(NamedTuple):
+    """Where in Flax the modules of PyTorch are.
 
-    A number may be joined to its list's name, and the list of a Sequential may have a name.
-
-    Example:
-        >>> canonical(["layers_0", "conv"]), canonical(["layers", "0", "conv"])
-        (('0', 'conv'), ('0', 'conv'))
-        >>> canonical(["stages_0_1"]) == canonical(["stages", "0", "1"])
-        True
+    Attributes:
+        paths: from PyTorch's paths to Flax's. A path stands for all modules in it that have no
+            entry of their own; `{"module": ""}` removes a wrapper's name.
+        modules: PyTorch's modules that hold tensors, by path.
     """
-    tokens = [token for component in components for token in numbers_apart(component)]
-    return tuple(
-        token
-        for token, following in pairwise([*tokens, ""])
-        if token != "layers" or not following.isdecimal()
-    )
+
+    paths: Mapping[str, str]
+    modules: Collection[str]
+
+    @classmethod
+    def of(cls, names: Names | None, modules: Collection[str]) -> "Renames":
+        """From the argument `names`, whose paths may leave a wrapper's name out.
+
+        Example:
+            >>> Renames.of({"fc": "head", "module": ""}, ["module.fc"]).paths
+            {'module': '', 'module.fc': 'head'}
+        """
+        if callable(names):
+            found = {module: names(module) for module in modules}
+            own = {module: module.replace(".", "/") for module in modules}
+            return cls({m: own[m] if path is None else path for m, path in found.items()}, modules)
+        renames = cls(names or {}, modules)
+        wrapper = renames.wrapper
+        if not wrapper:
+            return renames
+        others = {path: place for path, place in renames.paths.items() if path != wrapper}
+        return cls({wrapper: ""} | {renames.in_full(p): o for p, o in others.items()}, modules)
+
+    @property
+    def wrapper(self) -> str:
+        """The name before those of all modules that is removed, if any."""
+        removed = [path for path, place in self.paths.items() if not place]
+        return max(
+            (p for p in removed if all(_in(m, p) for m in self.modules)), key=len, default=""
+        )
+
+    def in_full(self, path: str) -> str:
+        """A path of PyTorch, with the wrapper's name if it leaves that out.
+
+        Example:
+            >>> renames = Renames({"module": ""}, ["module.fc"])
+            >>> renames.in_full("fc"), renames.in_full("module.fc")
+            ('module.fc', 'module.fc')
+        """
+        spellings = path, f"{self.wrapper}.{path}".strip(".")
+        return next((s for s in spellings if self.has(s)), path)
+
+    def has(self, path: str) -> bool:
+        """Whether a path of PyTorch holds any module."""
+        return any(_in(module, path) for module in self.modules)
+
+    def flax_path(self, module: str) -> list[str]:
+        """The components of a PyTorch module's path in Flax.
+
+        The longest prefix that has an entry is replaced.
+
+        Example:
+            >>> renames = Renames({"module": "", "module.layer1.0": "block_0"}, [])
+            >>> renames.flax_path("module.layer1.0.conv1")
+            ['block_0', 'conv1']
+        """
+        parts = module.split(".") if module else []
+        for n in range(len(parts), -1, -1):
+            place = self.paths.get(".".join(parts[:n]))
+            if place is not None:
+                return [*filter(None, place.split("/")), *parts[n:]]
+        return parts
+
+    def errors(self, leaves: Iterable[Path]) -> list[str]:
+        """One line for each entry that names no module, or puts dots into Flax's path."""
+        dots = any("." in component for path in leaves for component in path)
+        return [
+            *(
+                f"names: {path!r} is no module of the state_dict"
+                for path in self.paths
+                if path and not self.has(path)
+            ),
+            *(
+                f'names: {place!r}, for {path!r}, has dots; paths of Flax take "/", as in '
+                f"{place.replace('.', '/')!r}"
+                for path, place in self.paths.items()
+                if "." in place and not dots
+            ),
+        ]
+
+
+class NameMatch(NamedTuple):
+    """Which tensor is which leaf, by names alone.
+
+    Attributes:
+        tensors: PyTorch's shapes, by key.
+        leaves: Flax's shapes, by path.
+        renames: where in Flax the modules of PyTorch are.
+        rules: which leaf has which names.
+        paths: the leaf of each tensor that has one, in PyTorch's order.
+        missing: the leaves that have no tensor, with the keys that one might have.
+        ambiguous: one line for each leaf or tensor that has several counterparts.
+    """
+
+    tensors: Mapping[str, Shape]
+    leaves: Mapping[Path, Shape]
+    renames: Renames
+    rules: Rules
+    paths: Mapping[str, Path]
+    missing: Mapping[Path, list[str]]
+    ambiguous: list[str]
+
+
+def match_names(
+    tensors: Mapping[str, Shape], leaves: Mapping[Path, Shape], renames: Renames, rules: Rules
+) -> NameMatch:
+    """Find the leaf of each tensor by its name."""
+    modules = {canonical(path[1:-1]) for path in leaves}
+    norms = {
+        m[:-1] for m in modules if {(*m[:-1], "batch_norm"), (*m[:-1], "channel_norm")} <= modules
+    }
+    found: dict[Canonical, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for key in tensors:
+        module, leaf = module_and_leaf(key)
+        found[_authors_part(canonical(renames.flax_path(module)), norms)][leaf].append(key)
+
+    paths: dict[str, Path] = {}
+    missing, ambiguous = {}, []
+    for path, shape in leaves.items():
+        names, in_module = rule_for(rules, path).names, found[canonical(path[1:-1])]
+        keys = [key for name in names for key in in_module[name]]
+        flax = f"Flax's {path_name(path)} {shape}"
+        if not keys:
+            neighbor = next(chain.from_iterable(in_module.values()), None)
+            missing[path] = _likely_keys(path[1:-1], neighbor, names)
+        elif len(keys) > 1:
+            ambiguous.append(f"ambiguous: {flax} may be {' or '.join(keys)}")
+        elif keys[0] in paths:
+            ambiguous.append(f"ambiguous: {keys[0]} may be {path_name(paths[keys[0]])} or {flax}")
+        else:
+            paths[keys[0]] = path
+    in_order = {key: paths[key] for key in tensors if key in paths}
+    return NameMatch(tensors, leaves, renames, rules, in_order, missing, ambiguous)
+
+
+def with_better_names(found: NameMatch) -> NameMatch:
+    """The match under more names, if these match more: no wrapper, and names by shape and order."""
+    if not found.missing:
+        return found
+    wrapper = _likely_wrapper(found)
+    return _with_proposed_names(_without_wrapper(found, wrapper) if wrapper else found)
+
+
+def name_errors(found: NameMatch, better: NameMatch, accounted: Collection[str]) -> list[str]:
+    """One line for each group of tensors or leaves that have no counterpart, or several.
+
+    Args:
+        found: by the names that the caller gave.
+        better: the same, or by better names: what these match is summed up in one line.
+        accounted: the tensors that need no leaf.
+    """
+    left = [key for key in found.tensors if key not in better.paths and key not in accounted]
+    gained = len(better.paths) - len(found.paths)
+    return [
+        *found.ambiguous,
+        *found.renames.errors(found.leaves),
+        *_missing(better),
+        *_unexpected(found, left),
+        *([f"under other names: {gained} tensors that fit leaves of Flax"] if gained else []),
+    ]
+
+
+def name_hints(found: NameMatch, better: NameMatch) -> str:
+    """The usual reasons why names do not match, of those that the keys show."""
+    hint, wrapper = "", better.renames.wrapper
+    if wrapper != found.renames.wrapper:
+        hint += f'All names begin with "{wrapper}.", which names={{"{wrapper}": ""}} removes.\n'
+    if any("/" in key for key in found.tensors):
+        hint += "A state_dict joins its names with dots, not slashes.\n"
+    return hint
+
+
+def name_proposal(found: NameMatch, better: NameMatch) -> str:
+    """The better names, to copy, if more tensors match by them."""
+    if len(better.paths) == len(found.paths):
+        return ""
+    entries = [f'    "{path}": "{place}",' for path, place in better.renames.paths.items()]
+    lines = ["By shapes and order, to be checked and edited:", "names={", *entries, "}"]
+    return "\n".join(["", *lines])
 
 
 def module_and_leaf(key: str) -> tuple[str, str]:
@@ -93,96 +238,37 @@ def module_and_leaf(key: str) -> tuple[str, str]:
     return module, leaf
 
 
-def renamed(module: str, names: Names) -> list[str]:
-    """The components of the Flax path of a PyTorch module.
+def canonical(components: Iterable[str]) -> Canonical:
+    """A module's name without what PyTorch and Flax write differently.
 
-    The longest prefix that `names` knows is replaced.
+    A number may be joined to its list's name, and the list of a Sequential may have a name.
 
     Example:
-        >>> renamed("module.layer1.0.conv1", {"module": "", "module.layer1.0": "block_0"})
-        ['block_0', 'conv1']
+        >>> canonical(["layers_0", "conv"]), canonical(["layers", "0", "conv"])
+        (('0', 'conv'), ('0', 'conv'))
+        >>> canonical(["stages_0_1"]) == canonical(["stages", "0", "1"])
+        True
     """
-    parts = module.split(".") if module else []
-    if callable(names):
-        path = names(module)
-        return parts if path is None else _components(path)
-    for n in range(len(parts), -1, -1):
-        prefix = ".".join(parts[:n])
-        if prefix in names:
-            return [*_components(names[prefix]), *parts[n:]]
-    return parts
+    tokens = [token for component in components for token in _split_numbers(component)]
+    return tuple(
+        token
+        for token, following in pairwise([*tokens, ""])
+        if token != "layers" or not following.isdecimal()
+    )
 
 
-def without_effect(names: Names, modules: Collection[str]) -> list[str]:
-    """The entries of `names` that are about none of PyTorch's modules."""
-    if callable(names):
-        return []
-    return [name for name in names if name and not _names_some(name, modules)]
+def _split_numbers(component: str) -> list[str]:
+    """`layers_0` as `layers` and `0`."""
+    numbers = re.search(r"(?<=.)(_\d+)*$", component)
+    assert numbers is not None
+    return [component[: numbers.start()], *numbers.group().split("_")[1:]]
 
 
-def dotted(names: Names, modules: Collection[str], paths: Collection[Path]) -> dict[str, str]:
-    """The entries of `names` that have dots in their Flax paths, where Flax has none."""
-    places = {m: names(m) for m in modules} if callable(names) else names
-    if any("." in component for path in paths for component in path):
-        return {}
-    return {name: place for name, place in places.items() if place and "." in place}
-
-
-def taken_off(names: Names, modules: Collection[str]) -> str:
-    """The name before those of all modules that `names` takes off, if any."""
-    if callable(names):
-        return ""
-    common = [n for n, place in names.items() if not place and all(_in(m, n) for m in modules)]
-    return max(common, key=len, default="")
-
-
-def in_full(path: str, wrapper: str, modules: Collection[str]) -> str:
-    """A path of PyTorch that may leave a wrapper's name out, with it.
+def _authors_part(name: Canonical, batch_channel_norms: Collection[Canonical]) -> Canonical:
+    """Where Flax's batch-channel norms have what the authors' have under another name.
 
     Example:
-        >>> in_full("fc", "module", ["module.fc"]), in_full("module.fc", "module", ["module.fc"])
-        ('module.fc', 'module.fc')
-    """
-    spellings = path, ".".join(filter(None, (wrapper, path)))
-    return next((s for s in spellings if _names_some(s, modules)), path)
-
-
-def names_in_full(names: Mapping[str, str], modules: Collection[str]) -> Mapping[str, str]:
-    """The same where all paths have the name of the wrapper that `names` takes off.
-
-    Example:
-        >>> names_in_full({"fc": "head", "module": ""}, ["module.fc"])
-        {'module': '', 'module.fc': 'head'}
-    """
-    wrapper = taken_off(names, modules)
-    if not wrapper:
-        return names
-    others = {name: place for name, place in names.items() if name != wrapper}
-    return {wrapper: ""} | {in_full(n, wrapper, modules): place for n, place in others.items()}
-
-
-def batch_channel_norms(modules: Collection[Name]) -> set[Name]:
-    """The modules of Flax that have a batch norm and a channel norm, by their canonical names."""
-    parents = {name[:-1] for name in modules if name}
-    return {p for p in parents if {(*p, "batch_norm"), (*p, "channel_norm")} <= {*modules}}
-
-
-def likely_keys(path: Path, neighbour: str | None, leaves: Iterable[str]) -> list[str]:
-    """What a missing tensor of a Flax module is probably called, like its neighbour if any."""
-    parts = [part for component in path for part in numbers_apart(component)]
-    module = ".".join(parts) if neighbour is None else module_and_leaf(neighbour)[0]
-    return [f"{module}.{leaf}" if module else leaf for leaf in leaves]
-
-
-def authors_part(name: Name, batch_channel_norms: Collection[Name]) -> Name:
-    """Where a module of the authors' batch-channel norm is found in Flax's.
-
-    Args:
-        name: of a module of PyTorch, canonical.
-        batch_channel_norms: those of Flax, canonical.
-
-    Example:
-        >>> authors_part(("norm", "bn"), {("norm",)}), authors_part(("norm",), {("norm",)})
+        >>> _authors_part(("norm", "bn"), {("norm",)}), _authors_part(("norm",), {("norm",)})
         (('norm', 'batch_norm'), ('norm', 'channel_norm'))
     """
     if name in batch_channel_norms:
@@ -192,24 +278,152 @@ def authors_part(name: Name, batch_channel_norms: Collection[Name]) -> Name:
     return name
 
 
-def numbers_apart(component: str) -> list[str]:
-    """`layers_0` as `layers` and `0`."""
-    numbers = re.search(r"(?<=.)(_\d+)*$", component)
-    assert numbers is not None
-    return [component[: numbers.start()], *numbers.group().split("_")[1:]]
+def _likely_keys(path: Path, neighbor: str | None, leaves: Iterable[str]) -> list[str]:
+    """The likely keys of a missing tensor: beside its neighbor, or under the name in Flax."""
+    parts = [part for component in path for part in _split_numbers(component)]
+    module = ".".join(parts) if neighbor is None else module_and_leaf(neighbor)[0]
+    return [f"{module}.{leaf}".removeprefix(".") for leaf in leaves]
+
+
+def _missing(found: NameMatch) -> list[str]:
+    """One line for each module of Flax that has leaves without a tensor."""
+    return [
+        "missing: "
+        + "; ".join(
+            f"{' or '.join(found.missing[path])}, for Flax's {path_name(path)} {found.leaves[path]}"
+            for path in paths
+        )
+        for paths in _by_flax_module(found.missing).values()
+    ]
+
+
+def _unexpected(found: NameMatch, keys: Iterable[str]) -> list[str]:
+    """One line for each module of PyTorch that has tensors, of these keys, without a leaf."""
+    lines = []
+    for module, group in _by_torch_module(keys).items():
+        place = "/".join(found.renames.flax_path(module))
+        where = f" at {place}, where `names` puts it" if place != module.replace(".", "/") else ""
+        tensors = ", ".join(f"{key} {found.tensors[key]}" for key in group)
+        has = "has" if len(group) == 1 else "have"
+        lines.append(f"unexpected: {tensors}, which {has} no counterpart in Flax{where}")
+    return lines
+
+
+def _likely_wrapper(found: NameMatch) -> str:
+    """A name before all names without which more tensors find their leaf.
+
+    If nothing matches either way, because other names differ too, a wrapper's usual name.
+    """
+    if found.renames.wrapper:
+        return ""
+    columns = zip(*(module.split(".") for module in found.renames.modules), strict=False)
+    common = [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
+    prefixes = [".".join(common[:n]) for n in range(1, len(common) + 1) if common[0]]
+    matched = {prefix: len(_without_wrapper(found, prefix).paths) for prefix in prefixes}
+    best = max(matched, key=matched.__getitem__, default="")
+    if best and matched[best] > len(found.paths):
+        return best
+    usual = [prefix for prefix in matched if {*prefix.split(".")} <= {*WRAPPERS}]
+    return max(usual, key=len) if usual and not found.paths else ""
+
+
+def _without_wrapper(found: NameMatch, wrapper: str) -> NameMatch:
+    return _with_names(found, {wrapper: "", **found.renames.paths})
+
+
+def _with_names(found: NameMatch, names: Mapping[str, str]) -> NameMatch:
+    renames = Renames.of(names, found.renames.modules)
+    return match_names(found.tensors, found.leaves, renames, found.rules)
+
+
+def _with_proposed_names(found: NameMatch) -> NameMatch:
+    """The match with names for modules of which nothing matches.
+
+    A module of PyTorch gets the first one of Flax with leaves of its shapes. Modules at the top
+    come first on both sides; then the order is that of the definition, or of the names if the
+    order of definition is lost.
+    """
+    names = found.renames.paths
+    unmatched = _unmatched(_by_torch_module(found.tensors), found.paths.keys() | names.keys())
+    places = _unmatched(_by_flax_module(found.leaves), found.leaves.keys() - found.missing.keys())
+    free = _in_order(
+        {place: place for place in places}, [p for p in found.leaves if p[0] == "params"]
+    )
+    own_places = {module: "/".join(found.renames.flax_path(module)) for module in unmatched}
+    chosen = {}
+    for module in _in_order(own_places, [*found.tensors]):
+        leaves = {module_and_leaf(key)[1]: found.tensors[key] for key in unmatched[module]}
+        needed = {leaf: shape for leaf, shape in leaves.items() if leaf not in SKIPPED}
+        for place in free:
+            if needed and _fits(needed, {p: found.leaves[p] for p in places[place]}, found.rules):
+                chosen[module] = place
+                free.remove(place)
+                break
+    better = _with_names(found, {**names, **{m: chosen[m] for m in unmatched if m in chosen}})
+    return better if better.paths.items() >= found.paths.items() else found
+
+
+def _by_torch_module(keys: Iterable[str]) -> dict[str, list[str]]:
+    return _grouped(keys, lambda key: module_and_leaf(key)[0])
+
+
+def _by_flax_module(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    return _grouped(paths, lambda path: path_name(path[1:-1]))
+
+
+def _grouped(items: Iterable[T], group_of: Callable[[T], str]) -> dict[str, list[T]]:
+    groups = defaultdict(list)
+    for item in items:
+        groups[group_of(item)].append(item)
+    return groups
+
+
+def _unmatched(modules: Mapping[str, list[T]], matched: Collection[object]) -> dict[str, list[T]]:
+    """The modules that are not matched themselves, and of which nothing is."""
+    return {
+        module: group
+        for module, group in modules.items()
+        if module not in matched and not any(x in matched for x in group)
+    }
+
+
+def _fits(tensors: Mapping[str, Shape], leaves: Mapping[Path, Shape], rules: Rules) -> bool:
+    """Whether every tensor has the name and the shape of just one leaf, and every leaf has one."""
+    taken = []
+    for path, shape in leaves.items():
+        rule = rule_for(rules, path)
+        possible = (LayerFacts(), LayerFacts(True)) if len(shape) > 2 else (LayerFacts(),)
+        taken += [
+            name
+            for name in rule.names
+            if name in tensors
+            and any(
+                layout.torch_shape(shape) == tensors[name]
+                for facts in possible
+                for layout in rule.layouts(tensors[name], shape, facts)
+            )
+        ]
+    return len(taken) == len(leaves) and {*taken} == tensors.keys()
+
+
+def _in_order(places: Mapping[str, str], everything: list[str] | list[Path]) -> list[str]:
+    """Modules by their places; by name if `everything` is sorted, so that its order is lost."""
+    lost = everything == sorted(everything)
+
+    def key(module: str) -> tuple[bool, list[str | int]]:
+        nested = len(canonical(filter(None, places[module].split("/")))) > 1
+        return nested, _numbers_by_size(module) if lost else []
+
+    return sorted(places, key=key)
+
+
+def _numbers_by_size(name: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _moving_speed(rate: float) -> str:
-    return f"it is {rate:g}, for which Flax's batch norm takes momentum={1 - rate:g}"
+    return f"it is {rate:g}, which in Flax's batch norm is momentum={1 - rate:g}"
 
 
-def _names_some(name: str, modules: Collection[str]) -> bool:
-    return any(_in(module, name) for module in modules)
-
-
-def _in(module: str, name: str) -> bool:
-    return f"{module}.".startswith(f"{name}.")
-
-
-def _components(path: str) -> list[str]:
-    return path.split("/") if path else []
+def _in(module: str, path: str) -> bool:
+    return f"{module}.".startswith(f"{path}.")

@@ -1,7 +1,11 @@
-"""Flax's two APIs as one tree: the variables of an NNX module, as linen would have them."""
+"""What can be converted: PyTorch's `state_dict` or module, linen's variables or an NNX module.
+
+PyTorch's side becomes a mapping from keys to tensors, Flax's side a mapping from paths to leaves,
+in which the variables of an NNX module have linen's paths.
+"""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -9,23 +13,93 @@ from flax import nnx
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bcn_flax.interop import arrays
-from bcn_flax.interop.complaints import differences, refuse
-from bcn_flax.interop.layouts import Known
-from bcn_flax.interop.naming import Path
+from bcn_flax.interop.layouts import LayerFacts, Path, Shape, is_array, path_name, shape
 
+Tensors = Mapping[str, Any]
 Leaves = dict[Path, Any]
 Variables = Mapping[str, Any]
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 _COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+_FROM_FLAX = "state_dict_from_variables makes a state_dict of Flax's variables or NNX modules."
+
+
+def torch_tensors(source: Any) -> Tensors:
+    """The `state_dict` that `source` is, or that a PyTorch module has.
+
+    Raises:
+        ValueError: it is neither; the message says what was found.
+    """
+    found = source.state_dict() if _is_torch_module(source) else source
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            "PyTorch's side must be a state_dict, a mapping from names to tensors, or a module, "
+            f"but it is of type {type(found).__name__}. {_FROM_FLAX}"
+        )
+    refuse(
+        "A state_dict must map names to tensors, but:",
+        [f"{key!r} holds {_description(x)}" for key, x in found.items() if not is_array(x)],
+        f"Of a checkpoint, give the part that holds the tensors. {_FROM_FLAX}",
+    )
+    return found
+
+
+def torch_convolutions(source: Any) -> dict[str, LayerFacts]:
+    """Which convolutions of a PyTorch module are transposed, by path; none for a `state_dict`."""
+    if not _is_torch_module(source):
+        return {}
+    flags = {path: getattr(m, "transposed", None) for path, m in source.named_modules()}
+    return {path: LayerFacts(flag) for path, flag in flags.items() if isinstance(flag, bool)}
+
+
+def is_state_dict(x: Any) -> bool:
+    """Whether `x` maps names to tensors."""
+    return isinstance(x, Mapping) and len(x) > 0 and all(map(is_array, x.values()))
+
+
+def flax_leaves(variables: Variables | nnx.Module) -> Leaves:
+    """The arrays or shapes of linen variables, boxed or not, or of an NNX module, by path.
+
+    Raises:
+        ValueError: something is not an array.
+    """
+    if isinstance(variables, nnx.Module):
+        variables = variables_of(variables)
+    if not isinstance(variables, Mapping):
+        raise ValueError(
+            "Flax's side must be linen variables, a mapping of collections, or an NNX module, but "
+            f"it is of type {type(variables).__name__}."
+        )
+    leaves: Leaves = flatten_dict(meta.unbox(variables))
+    refuse(
+        "Flax's variables must be arrays or shapes, in nested mappings, but:",
+        [
+            f"{path_name(path)} is of type {type(x).__name__}"
+            for path, x in leaves.items()
+            if not is_array(x)
+        ],
+    )
+    return leaves
+
+
+def flax_convolutions(like: Variables | nnx.Module) -> dict[Path, LayerFacts]:
+    """Which convolutions of an NNX module are transposed, and how; none for linen's variables."""
+    if not isinstance(like, nnx.Module):
+        return {}
+    facts = {}
+    for place, module in nnx.iter_modules(like):
+        if isinstance(module, nnx.ConvTranspose):
+            facts[linen_path(place)] = LayerFacts(True, bool(module.transpose_kernel))
+        elif isinstance(module, nnx.Conv):
+            facts[linen_path(place)] = LayerFacts(False)
+    return facts
 
 
 def variables_of(module: nnx.Module) -> dict[str, Any]:
     """The parameters and statistics of an NNX module, as linen variables.
 
-    An index joins the name of its list, as in linen: `layers`, 0 is `layers_0`. Of a module that
-    occurs twice there is one copy. Other variables, such as random number generators, are left out.
+    An index joins the name of its list, as in linen: `layers`, 0 is `layers_0`. A module that
+    occurs twice is included once. Other variables, such as random number generators, are left out.
 
     Example:
         >>> import jax
@@ -65,84 +139,30 @@ def module_with(module: ModuleT, variables: Variables) -> ModuleT:
     refuse(
         "The variables must be those of the module, but:",
         differences(
-            {name(path): arrays.shape(leaf) for path, leaf in leaves.items()},
-            {name(path): arrays.shape(v) for path, (_, v) in places.items()},
+            {path_name(path): shape(leaf) for path, leaf in leaves.items()},
+            {path_name(path): shape(v) for path, (_, v) in places.items()},
         ),
     )
-    return filled(
+    return replace_leaves(
         copy, {path: jnp.asarray(leaves[path], v.dtype) for path, (_, v) in places.items()}
     )
 
 
-def filled(module: ModuleT, leaves: Leaves) -> ModuleT:
-    """The same NNX module, its parameters and statistics replaced, dtypes included."""
+def replace_leaves(module: ModuleT, leaves: Leaves) -> ModuleT:
+    """Replace an NNX module's parameters and statistics, dtypes included; returns the module."""
     places = _nnx_leaves(module)
     state = [(place, v.replace(leaves[path])) for path, (place, v) in places.items()]
     nnx.update(module, nnx.from_flat_state(state))
     return module
 
 
-def flax_leaves(variables: Variables | nnx.Module) -> Leaves:
-    """The arrays or shapes of linen variables, boxed or not, or of an NNX module, by path.
+def linen_path(place: Iterable[Any]) -> Path:
+    """The path in linen for a place in an NNX module: an index joins the name of its list.
 
-    Raises:
-        ValueError: something is no array.
+    Example:
+        >>> linen_path(("layers", 0, "conv"))
+        ('layers_0', 'conv')
     """
-    if isinstance(variables, nnx.Module):
-        variables = variables_of(variables)
-    if not isinstance(variables, Mapping):
-        raise ValueError(
-            "Flax's side must be linen variables, a mapping of collections, or an NNX module, but "
-            f"it is of type {type(variables).__name__}."
-        )
-    leaves: Leaves = flatten_dict(meta.unbox(variables))
-    refuse(
-        "Flax's variables must be arrays or shapes, in nested mappings, but:",
-        [
-            f"{name(p)} is of type {type(x).__name__}"
-            for p, x in leaves.items()
-            if not arrays.is_array(x)
-        ],
-    )
-    return leaves
-
-
-def convolutions(like: Variables | nnx.Module) -> dict[Path, Known]:
-    """Of each convolution in an NNX module, by its path, whether it is transposed and how."""
-    if not isinstance(like, nnx.Module):
-        return {}
-    known = {}
-    for place, module in nnx.iter_modules(like):
-        if isinstance(module, nnx.ConvTranspose):
-            known[joined(place)] = Known(True, bool(module.transpose_kernel))
-        elif isinstance(module, nnx.Conv):
-            known[joined(place)] = Known(False)
-    return known
-
-
-def name(path: Path) -> str:
-    """A path as it is printed."""
-    return "/".join(path)
-
-
-def _nnx_leaves(module: nnx.Module) -> dict[Path, tuple[tuple[Any, ...], nnx.Variable[Any]]]:
-    """By linen's path: where a parameter or a statistic is in the module, and its variable."""
-    found = [
-        ((collection, *joined(place)), (place, variable))
-        for collection, kind in _COLLECTIONS.items()
-        for place, variable in nnx.to_flat_state(nnx.state(module, kind))
-    ]
-    counts = Counter(path for path, _ in found)
-    refuse(
-        "An index joins the name of its list, which must give every variable its own name, but:",
-        [f"{name(path)} is the name of {n} variables" for path, n in counts.items() if n > 1],
-        "Rename the attribute that looks like a list's item.",
-    )
-    return dict(found)
-
-
-def joined(place: Iterable[Any]) -> Path:
-    """A place in an NNX module as linen's path: an index joins the name of its list."""
     path: list[str] = []
     for part in place:
         if isinstance(part, int) and path:
@@ -150,3 +170,58 @@ def joined(place: Iterable[Any]) -> Path:
         else:
             path.append(str(part))
     return tuple(path)
+
+
+def refuse(rule: str, problems: Iterable[str], way_out: str = "") -> None:
+    """Raise a `ValueError` that lists all problems, if there are any."""
+    lines = [f"  {problem}" for problem in problems]
+    if lines:
+        raise ValueError("\n".join(filter(None, [rule, *lines, way_out])))
+
+
+def differences(
+    found: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
+    optional: Collection[str] = (),
+    partial: bool = False,
+) -> list[str]:
+    """What is missing (unless `partial`), unexpected (unless `optional`), or misshapen."""
+    missing = () if partial else [key for key in expected if key not in found]
+    return [
+        *(f"missing: {key} {expected[key]}" for key in missing),
+        *(
+            f"unexpected: {key} {shape}"
+            for key, shape in found.items()
+            if key not in expected and key not in optional
+        ),
+        *(
+            f"misshapen: {key} is {found[key]} and must be {shape}"
+            for key, shape in expected.items()
+            if key in found and found[key] != shape
+        ),
+    ]
+
+
+def _nnx_leaves(module: nnx.Module) -> dict[Path, tuple[tuple[Any, ...], nnx.Variable[Any]]]:
+    """Each parameter and statistic by linen's path: its place in the module, and its variable."""
+    found = [
+        ((collection, *linen_path(place)), (place, variable))
+        for collection, kind in _COLLECTIONS.items()
+        for place, variable in nnx.to_flat_state(nnx.state(module, kind))
+    ]
+    counts = Counter(path for path, _ in found)
+    refuse(
+        "An index joins the name of its list, which must give every variable its own name, but:",
+        [f"{path_name(path)} is the name of {n} variables" for path, n in counts.items() if n > 1],
+        "Rename the attribute that looks like a list's item.",
+    )
+    return dict(found)
+
+
+def _is_torch_module(source: Any) -> bool:
+    return hasattr(source, "state_dict") and hasattr(source, "named_modules")
+
+
+def _description(x: Any) -> str:
+    kind = f"a {type(x).__name__}"
+    return f"{kind} of {len(x)} tensors" if is_state_dict(x) else kind

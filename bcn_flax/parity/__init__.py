@@ -24,9 +24,9 @@ module is which; `call`, how your module is told that it trains; `oracle`, where
 your own; and `rules`, which variable is which tensor and how its axes lie. If Flax's kernel is
 `(features, heads, size)` where PyTorch has `(heads * size, features)`:
 
-    def of_heads(torch_shape, flax_shape, known):
+    def of_heads(torch_shape, flax_shape, facts):
         if len(flax_shape) != 3:
-            return kernel(torch_shape, flax_shape, known)  # of bcn_flax.interop.layouts
+            return kernel(torch_shape, flax_shape, facts)  # of bcn_flax.interop
         return [
             Layout(
                 "transposed, heads apart",

@@ -7,8 +7,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from bcn_flax import interop
-from bcn_flax.interop.matching import Transposed
-from bcn_flax.interop.naming import Names, Rules
+from bcn_flax.interop.layers import Transposed
+from bcn_flax.interop.layouts import Rules
+from bcn_flax.interop.naming import Names
 from bcn_flax.parity import checks, flax_side, judging, notes
 from bcn_flax.parity import tolerances as tolerance_rules
 from bcn_flax.parity.axes import AXES, Axes

@@ -165,7 +165,7 @@ def _linen_forward(
 def _nnx_forward(
     module: nnx.Module, call: Call, variables: Variables, inputs: Sequence[Any], train: bool
 ) -> tuple[Any, dict[str, Any]]:
-    module = trees.filled(nnx.clone(module), trees.flax_leaves(variables))
+    module = trees.replace_leaves(nnx.clone(module), trees.flax_leaves(variables))
     (module.train if train else module.eval)()
     outputs = module(*inputs, **call(train))
     after = trees.variables_of(module)

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.errors import InvalidRngError
 
-from bcn_flax.interop import arrays, trees
+from bcn_flax.interop import layouts, trees
 from bcn_flax.parity import flax_side, torch_side
 from bcn_flax.parity.observations import Values
 from bcn_flax.parity.twins import Twins
@@ -48,7 +48,7 @@ def flax_modules(them: Twins, inputs: Sequence[Values]) -> dict[Path, Any]:
     That ends where linen's want random numbers, of which there are none.
     """
     if isinstance(them.flax, nnx.Module):
-        return {trees.joined(place): part for place, part in nnx.iter_modules(them.flax)}
+        return {trees.linen_path(place): part for place, part in nnx.iter_modules(them.flax)}
     found: dict[Path, Any] = {}
 
     def intercept(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -92,7 +92,7 @@ def torch_calls(them: Twins, inputs: Sequence[Values], train: bool) -> dict[str,
         def note(_module: Any, _inputs: Any, outputs: Any) -> None:
             leaves = [y for y in jax.tree.leaves(outputs) if hasattr(y, "detach")]
             # Another module may write into these tensors.
-            values = [arrays.cast(arrays.values(y), arrays.dtype(y)) for y in leaves]
+            values = [layouts.to_numpy(y) for y in leaves]
             calls.setdefault(name, values)
 
         return note
@@ -107,7 +107,9 @@ def _noting(module: nnx.Module, note: Callable[[Path, Any], None]) -> nnx.Module
     """A copy of a module whose parts note what they return: each is of a class of its own."""
     module = nnx.clone(module)
     for place, part in list(nnx.iter_modules(module)):
-        object.__setattr__(part, "__class__", _noting_class(type(part), trees.joined(place), note))
+        object.__setattr__(
+            part, "__class__", _noting_class(type(part), trees.linen_path(place), note)
+        )
     return module
 
 

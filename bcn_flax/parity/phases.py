@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bcn_flax.interop import arrays
+from bcn_flax.interop import layouts
 from bcn_flax.parity.observations import Values
 
 Inputs = Any | tuple[Any, ...]
@@ -62,10 +62,10 @@ def _batches(first: list[Values], steps: int | Sequence[Inputs]) -> list[list[Va
 def _as_arrays(name: str, inputs: Inputs) -> list[Values]:
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
     for x in inputs:
-        if not arrays.is_array(x):
+        if not layouts.is_array(x):
             raise ValueError(
                 f"{name} must be an array, or a tuple of arrays if there are several, but there is "
                 f"a {type(x).__name__}. Give np.asarray(x) if it is one input, tuple(x) if it "
                 "holds all of them; for inputs that have names, put a small module around yours."
             )
-    return [arrays.cast(arrays.values(x), arrays.dtype(x)) for x in inputs]
+    return [layouts.to_numpy(x) for x in inputs]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bcn_flax.interop import Match, arrays
+from bcn_flax.interop import Match, layouts
 from bcn_flax.parity.axes import Axes, axis_order
 from bcn_flax.parity.observations import Observation, Values, numbered, observation
 from bcn_flax.parity.optimizers import Optimizer
@@ -139,13 +139,13 @@ def outputs_of(module: Any, inputs: Sequence[Any]) -> dict[str, Any]:
 
 def in_flax(name: str, x: Any, axes: Axes) -> Values:
     """The values of an input or output in Flax's order of axes."""
-    values = arrays.cast(arrays.values(x), arrays.dtype(x))
+    values = layouts.to_numpy(x)
     return axis_order(axes, name.strip(), x.dim()).to_flax(values)
 
 
 def _tensor(name: str, x: Values, axes: Axes, like: Any) -> Any:
     moved = axis_order(axes, name.strip(), x.ndim).to_torch(x)
-    return arrays.as_kind_of(like, np.asarray(moved))
+    return layouts.array_like(like, np.asarray(moved))
 
 
 def _gradient(x: Any) -> Any:
@@ -156,4 +156,4 @@ def _gradient(x: Any) -> Any:
 def _torch_dtype(x: Values) -> Any:
     import torch
 
-    return getattr(torch, arrays.dtype(x).name)
+    return getattr(torch, layouts.dtype(x).name)

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from bcn_flax import interop
-from bcn_flax.interop import arrays, trees
+from bcn_flax.interop import layouts, trees
 from bcn_flax.parity import flax_side, torch_side
 from bcn_flax.parity.axes import Axes
 from bcn_flax.parity.errors import narrowest
@@ -104,10 +104,10 @@ class Twins(NamedTuple):
     def dtype(self, inputs: Sequence[Values]) -> np.dtype[Any]:
         """The narrowest dtype in which anything is computed, as far as it can be seen."""
         seen = [
-            *map(arrays.dtype, inputs),
+            *map(layouts.dtype, inputs),
             *(y.dtype for y in self.outputs(inputs, False)),
             *(x.dtype for x in self.leaves()),
-            *(arrays.dtype(p) for p in self.torch.parameters()),
+            *(layouts.dtype(p) for p in self.torch.parameters()),
         ]
         return narrowest([*seen, np.float64 if self.wide else np.float32])
 
@@ -167,7 +167,7 @@ def in_float64(them: Twins, **matching: Any) -> Twins:
 def constants(them: Twins) -> list[str]:
     """The parameters and statistics that have one value in all places, as in a fresh module."""
     return [
-        trees.name(path[1:])
+        layouts.path_name(path[1:])
         for path, x in trees.flax_leaves(them.variables).items()
         if np.size(x) > 1 and np.all(np.asarray(x) == np.ravel(x)[0])
     ]
@@ -192,8 +192,8 @@ def _own_variables(
 
 def _is_wide(torch: Any, inputs: Sequence[Values]) -> bool:
     """Whether inputs and modules are in float64."""
-    given = [arrays.dtype(x) for x in inputs if arrays.kind(x) == "floating"]
-    held = [arrays.dtype(p) for p in torch.parameters() if p.is_floating_point()]
+    given = [layouts.dtype(x) for x in inputs if layouts.kind(x) == "floating"]
+    held = [layouts.dtype(p) for p in torch.parameters() if p.is_floating_point()]
     if np.float64 in given and held and np.float64 not in held:
         raise ValueError(
             "Inputs and modules must be of one precision, but the inputs are in float64, which is "
@@ -212,7 +212,7 @@ def _in_float64(flax: Module, variables: Mapping[str, Any]) -> tuple[Module, Map
     """Flax's module and its variables or their shapes, in float64."""
     variables = flax_side.in_float64(variables)
     if isinstance(flax, nnx.Module):
-        flax = trees.filled(nnx.clone(flax), trees.flax_leaves(variables))
+        flax = trees.replace_leaves(nnx.clone(flax), trees.flax_leaves(variables))
     return flax, variables
 
 
