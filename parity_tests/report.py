@@ -1,4 +1,4 @@
-"""Run the checks and tell what came of them: a table, `report.json` and `report.html`."""
+"""Run the checks and report the results: tables, `report.json` and `report.html`."""
 
 import json
 import platform
@@ -13,10 +13,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bcn_flax.parity import Comparison
-from bcn_flax.parity.comparison import ORACLE
+from bcn_flax.parity import ORACLE, Comparison, Row
 from bcn_flax.parity.errors import eps
-from bcn_flax.parity.rows import Row
 from parity_tests import suite
 from parity_tests.cases import CASES, Case
 from parity_tests.page import page
@@ -27,36 +25,36 @@ Record = dict[str, Any]
 
 
 def gather(console: Console, only: str, steps: int, mutants: bool) -> Record:
-    """Run everything, and print a table.
+    """Run the checks, and print tables of the results.
 
     Args:
         console: to print on.
-        only: a part of the names of the checks to run.
-        steps: of the networks trained side by side; 0 for none.
+        only: run the checks whose names contain this.
+        steps: number of training steps of the networks; 0 leaves them out.
         mutants: whether to break the code on purpose.
 
     Returns:
         The report, as plain data.
     """
     start = time.perf_counter()
+    names = {str(case) for case in CASES}
     cases = [case for case in CASES if only in str(case)]
-    of_cases = {str(case) for case in CASES}
-    laws = {n: f for n, f in suite.checks().items() if only in n and n not in of_cases}
+    laws = [(n, f) for n, f in suite.checks().items() if only in n and n not in names]
     report: Record = {
         "command": "python -m parity_tests",
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
         "cases": [_case(case) for case in track(cases, "cases", console=console)],
-        "laws": [_law(*law) for law in track(laws.items(), "laws", console=console)],
+        "laws": [_run(*law)[1] for law in track(laws, "laws", console=console)],
         "trajectory": _trajectory(steps) if steps else None,
         "mutants": list(track(_mutants(), "mutants", console=console)) if mutants else None,
         "seconds": time.perf_counter() - start,
     }
-    checked = [*report["cases"], *report["laws"]]
+    checks = [*report["cases"], *report["laws"]]
     caught = all(mutant["caught_by"] for mutant in report["mutants"] or ())
-    report["passed"] = caught and all(check["passed"] for check in checked)
-    console.print(*_tables(report))
-    for check in checked:
+    report["passed"] = caught and all(check["passed"] for check in checks)
+    console.print(_cases_table(report["cases"]), _totals_table(report))
+    for check in checks:
         if not check["passed"]:
             console.print(check["name"], check["message"], sep="\n", style="red", markup=False)
     return report
@@ -66,38 +64,29 @@ def write(report: Record, folder: Path, console: Console) -> None:
     """Write the report as data and as a page."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=True))
-    (folder / "report.html").write_text(page(report))
+    (folder / "report.html").write_text(page(report), encoding="utf-8")
     console.print(f"Wrote report.json and report.html to {folder.absolute()}.")
 
 
 def _case(case: Case) -> Record:
-    comparison, record = _timed(str(case), case.check)
-    return {
-        **record,
-        "layer": case.layer,
-        "api": case.api,
-        "dtype": case.dtype,
-        "quantities": list(_quantities(comparison)) if comparison else [],
-    }
+    comparison, record = _run(str(case), case.check)
+    fields = {"layer": case.layer, "api": case.api, "dtype": case.dtype}
+    return {**record, **fields, "quantities": list(_quantities(comparison)) if comparison else []}
 
 
-def _law(name: str, check: Callable[[], object]) -> Record:
-    return _timed(name, check)[1]
-
-
-def _timed(name: str, check: Callable[[], Any]) -> tuple[Any, Record]:
+def _run(name: str, check: Callable[[], Any]) -> tuple[Any, Record]:
     """What a check returned, and whether it passed, with what message, in what time."""
     start, result, message = time.perf_counter(), None, ""
     try:
         result = check()
-    except Exception as problem:  # of any kind: it is what the report is for
+    except Exception as problem:  # of any kind: failures are what the report is for
         message = str(problem) or type(problem).__name__
     seconds = time.perf_counter() - start
     return result, {"name": name, "passed": not message, "message": message, "seconds": seconds}
 
 
 def _quantities(comparison: Comparison) -> Iterator[Record]:
-    """Of each quantity the row with the largest error, and the largest of each side."""
+    """For each quantity, the row with the largest error, and the largest error of each side."""
     for quantity in dict.fromkeys(row.name.quantity for row in comparison.rows):
         rows = [row for row in comparison.rows if row.name.quantity == quantity]
         worst = max(rows, key=_ulps)
@@ -115,8 +104,8 @@ def _quantities(comparison: Comparison) -> Iterator[Record]:
 
 
 def _from_oracle(rows: list[Row], side: str) -> float | None:
-    judged = [row for row in rows if row.sides[1] == ORACLE and row.sides[0].startswith(side)]
-    return max(map(_ulps, judged), default=None)
+    errors = [_ulps(r) for r in rows if r.sides[1] == ORACLE and r.sides[0].startswith(side)]
+    return max(errors, default=None)
 
 
 def _ulps(row: Row) -> float:
@@ -124,8 +113,7 @@ def _ulps(row: Row) -> float:
 
 
 def _trajectory(steps: int) -> Record:
-    # PyTorch and what trains are imported only if they are needed.
-    from parity_tests.trajectory import trajectory
+    from parity_tests.trajectory import trajectory  # needs PyTorch
 
     return trajectory(steps)
 
@@ -136,27 +124,25 @@ def _mutants() -> Iterator[Record]:
     yield from records()
 
 
-def _tables(report: Record) -> Iterator[Table]:
-    """The cases with their largest errors, and how many of what passed."""
-    cases = Table("case", "of allowed", "ulps of Flax", "of PyTorch", title="Largest errors")
-    for case in report["cases"]:
-        used = max((q["used"] for q in case["quantities"]), default=0.0)
-        verdict = f"{used:.1%}" if case["passed"] else "[red]FAILED"
-        largest = (_largest(case, key) for key in ("flax_ulps", "torch_ulps"))
-        cases.add_row(case["name"], verdict, *largest)
-    yield cases
-    total = Table(
-        "", "passed", "of", title="All is well" if report["passed"] else "Not all is well"
-    )
-    for what in ("cases", "laws"):
-        passed = sum(check["passed"] for check in report[what])
-        total.add_row(what, str(passed), str(len(report[what])))
-    if report["mutants"] is not None:
-        caught = sum(bool(mutant["caught_by"]) for mutant in report["mutants"])
-        total.add_row("mutants caught", str(caught), str(len(report["mutants"])))
-    yield total
+def _cases_table(cases: list[Record]) -> Table:
+    table = Table("case", "of allowed", "ulps of Flax", "of PyTorch", title="Largest errors")
+    for case in cases:
+        used, flax, torch = (
+            max((q[key] for q in case["quantities"] if q[key] is not None), default=None)
+            for key in ("used", "flax_ulps", "torch_ulps")
+        )
+        passed = f"{used or 0:.1%}" if case["passed"] else "[red]FAILED"
+        table.add_row(
+            case["name"], passed, *("" if x is None else f"{x:.3g}" for x in (flax, torch))
+        )
+    return table
 
 
-def _largest(case: Record, key: str) -> str:
-    known = [q[key] for q in case["quantities"] if q[key] is not None]
-    return f"{max(known):.3g}" if known else ""
+def _totals_table(report: Record) -> Table:
+    """How many checks there are of each kind, and how many passed."""
+    title = "All checks passed" if report["passed"] else "Not all checks passed"
+    table = Table("", "passed", "of", title=title)
+    for what, key in (("cases", "passed"), ("laws", "passed"), ("mutants", "caught_by")):
+        if (checks := report[what]) is not None:
+            table.add_row(what, str(sum(bool(check[key]) for check in checks)), str(len(checks)))
+    return table
