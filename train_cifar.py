@@ -4,39 +4,39 @@
     python train_cifar.py                                    # 8x8 digits: nothing to download
     python train_cifar.py --batch-size 1                     # what BCN is for
     python train_cifar.py --batch-size 1 --norm bn           # what it is compared with
-    python train_cifar.py --resume                           # go on where it was stopped
-    python train_cifar.py --predict digit.png                # what the best checkpoint sees
+    python train_cifar.py --resume                           # resume the last run
+    python train_cifar.py --predict digit.png                # classify a picture
     python train_cifar.py --dataset cifar10                  # the published configuration
     python train_cifar.py --help
 
 Held-out accuracy in %, mean and standard deviation over the seeds 0 to 4 (`--seed`), on 2 CPU
-cores. The first line is the default, and takes some 20 s, 10 of them compilation; at batch size 1
-it takes 30 s.
+cores. The first line is the default and takes some 20 s, 10 of them for compilation; 30 s at batch
+size 1.
 
                                         (batch size 32)    --batch-size 1
                                           99.39 +- 0.23     99.50 +- 0.12
     --norm bn                             99.28 +- 0.15     97.67 +- 1.69
     --norm gn                             99.28 +- 0.32     99.67 +- 0.23
 
-One image is 0.28 %. The digits are hard enough to show that batch norm alone suffers from batches
-of one, and too easy to tell the others apart. CIFAR has not been measured yet.
+One image is 0.28 %. The digits are hard enough to show that batch norm suffers from batches of one
+image, and too easy to tell the other norms apart. CIFAR has not been measured yet.
 
-The whole data set lies on each device, and shuffling, augmentation, forward pass, backward pass and
-update are one compiled step. The host only calls it again and again: a scan over the steps would
-save those calls, but XLA on the CPU runs a convolution inside a loop 26 to 30 times slower.
+The whole data set is on each device. Shuffling, augmentation, forward pass, backward pass and
+update are one compiled step, which the host calls in a loop. (A scan over the steps would save the
+calls, but XLA on the CPU runs a convolution inside a loop 26 to 30 times slower.)
 
-Each run has a folder of its own: `config.json` with everything that decided the run,
-`metrics.jsonl` with a line for each epoch, `curves.png`, and `checkpoints`. The same seed gives the
-same result, bit for bit, on the same machine; so does a run that was killed, however often, and
-went on with `--resume`.
+Each run has its own folder: `config.json` with all settings, `metrics.jsonl` with one line per
+epoch, `curves.png` and `checkpoints`. On the same machine, the same seed gives the same result, bit
+for bit, even if the run is killed and resumed.
 """
 
 import contextlib
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,50 +51,49 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from bcn_flax.models import VGG, ResNet
-from training import checks, data, devices, pictures, results
+from training import TrainingError, data, devices, results
 from training.checkpoints import Checkpoints
-from training.config import FREE, Config, Recipe, as_decided, default_folder, resolve
+from training.config import FREE, Config, Recipe, default_folder, resolve, with_settings_of
 from training.data import Dataset, Split
 from training.devices import Placement
-from training.progress import ProgressBar
+from training.progress import ProgressBar, Signals, Stopped
 from training.results import Results
-from training.signals import Signals, Stopped
 
 # Evaluation keeps no activations for a backward pass, so its batches may be large.
 EVALUATION_BATCH = 500
 
 
 class Totals(NamedTuple):
-    """Sums over the images seen, kept on the device: to read them is to wait for it."""
+    """Sums over the images seen, kept on the device: reading them waits for it."""
 
     loss: Float[Array, ""]
     correct: Int[Array, ""]
     images: Int[Array, ""]
 
     def means(self) -> tuple[float, float]:
-        """Loss and accuracy of the average image."""
+        """The mean loss and the accuracy."""
         loss, correct, images = jax.device_get(self)
         return float(loss) / int(images), int(correct) / int(images)
 
 
 def no_totals() -> Totals:
-    """Before the first image. Three arrays, as each of them is donated."""
+    """Zeros, in three arrays because each is donated."""
     return Totals(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def add(totals: Totals, losses: Array, logits: Array, labels: Array) -> Totals:
-    """Count a batch in; images of a class below 0 are padding."""
+    """Add a batch; images of a class below 0 are padding."""
     real = labels >= 0
     return Totals(
         totals.loss + jnp.sum(jnp.where(real, losses, 0)),
-        # Padding's label is no class, so it is never right.
+        # The label of padding is not a class, so it is never predicted.
         totals.correct + jnp.sum(jnp.argmax(logits, -1) == labels, dtype=jnp.int32),
         totals.images + jnp.sum(real, dtype=jnp.int32),
     )
 
 
 class State(NamedTuple):
-    """All that training carries from one step to the next, and so all that a checkpoint holds."""
+    """Everything that one step of training passes to the next; the content of a checkpoint."""
 
     params: Any
     batch_stats: Any
@@ -103,13 +102,6 @@ class State(NamedTuple):
     key: Key[Array, ""]
     order: Int[Array, " images"]  # of the images in this epoch
     totals: Totals  # of this epoch so far
-
-
-HEADER = "epoch       loss  accuracy    held-out loss  accuracy    images/s"
-ROW = (
-    "{epoch:>5}  {train_loss:>9.4g}  {train_accuracy:>8.2%}  "
-    "{test_loss:>15.4g}  {test_accuracy:>8.2%}  {images_per_second:>10,.0f}"
-)
 
 
 def make_model(config: Config, recipe: Recipe, classes: int) -> nn.Module:
@@ -129,7 +121,7 @@ def make_model(config: Config, recipe: Recipe, classes: int) -> nn.Module:
 
 
 def make_schedule(recipe: Recipe, steps: int) -> optax.Schedule:
-    """The learning rate over so many steps of the optimizer."""
+    """The learning rate over a number of optimizer steps."""
     match recipe.schedule:
         case "constant":
             return optax.constant_schedule(recipe.learning_rate)
@@ -141,7 +133,7 @@ def make_schedule(recipe: Recipe, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, recipe: Recipe, steps: int) -> optax.GradientTransformation:
-    """Adam or SGD, for so many steps, each of which takes all the micro-batches of a batch."""
+    """Adam or SGD for a number of steps, each of which takes all micro-batches of a batch."""
     rate = make_schedule(recipe, steps)
     decay = optax.add_decayed_weights(
         config.weight_decay,
@@ -175,7 +167,7 @@ def first_state(
 
 
 def begin_epoch(state: State) -> State:
-    """A new order of the images, of which nothing is counted yet."""
+    """Shuffle the images, and reset the totals."""
     key, order_key = jax.random.split(state.key)
     order = jax.random.permutation(order_key, len(state.order))
     return state._replace(key=key, order=order, totals=no_totals())
@@ -184,9 +176,9 @@ def begin_epoch(state: State) -> State:
 def cross_entropy(
     logits: Float[Array, "n classes"], labels: Int[Array, " n"], smoothing: float = 0.0
 ) -> Float[Array, " n"]:
-    """The loss of each image, in float32 whatever the network computes in."""
-    wanted = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(logits.astype(jnp.float32), wanted)
+    """The loss of each image, in float32 whatever the dtype of the network."""
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
 def make_step(
@@ -198,10 +190,8 @@ def make_step(
 ) -> Callable[[State, Split], State]:
     """One step of training, from the images on the devices to the updated parameters.
 
-    `split` lays equal parts of a batch on the devices.
-
-    The last images of an epoch, too few for a batch, are left out; which ones they are changes from
-    epoch to epoch.
+    `split` puts an equal part of a batch on each device. The last images of an epoch, too few for a
+    batch, are left out; they differ from epoch to epoch.
     """
 
     def step(state: State, train: Split) -> State:
@@ -236,7 +226,7 @@ def make_step(
 def make_evaluation(
     model: nn.Module, size: int, split: Callable[[Any], Any]
 ) -> Callable[[State, Split, Any], Totals]:
-    """Count `size` held-out images, from one of them on."""
+    """Evaluate `size` held-out images, beginning at any of them."""
 
     def evaluate(state: State, test: Split, start: Array) -> Totals:
         images = lax.dynamic_slice_in_dim(test.images, start, size)
@@ -249,18 +239,18 @@ def make_evaluation(
 
 
 def is_finite(state: State) -> Array:
-    """Whether it is good enough to be saved: the loss so far, and the parameters after it."""
+    """Whether the loss so far and the parameters are finite."""
     values = (state.totals.loss, *jax.tree.leaves(state.params))
     return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in values]))
 
 
 class Trainer:
-    """A run: its data on the devices, and its programs."""
+    """The data of a run on the devices, and its compiled programs."""
 
     def __init__(
         self, config: Config, recipe: Recipe, dataset: Dataset, placement: Placement
     ) -> None:
-        """Place the data, and make the first state."""
+        """Put the data on the devices."""
         self.config, self.recipe, self._placement = config, recipe, placement
         self.steps = recipe.steps(len(dataset.train.labels))
         size = min(EVALUATION_BATCH, len(dataset.test.labels))
@@ -270,41 +260,43 @@ class Trainer:
         self._model = make_model(config, recipe, len(dataset.classes))
         batches = recipe.epochs * self.steps // recipe.micro_batches
         self._optimizer = make_optimizer(config, recipe, batches)
-        shape = dataset.train.images.shape
-        first = partial(first_state, self._model, self._optimizer, shape, config.seed)
-        self.first_state: State = self._compiled(first)()
+        self._shape = dataset.train.images.shape
 
-    def _compiled(self, function: Callable[..., Any], *args: Any, donate: bool = False) -> Any:
-        """Compiled ahead, so that no epoch's speed has compilation in it."""
-        jitted = jax.jit(
-            function,
-            donate_argnums=(0,) if donate else (),
-            out_shardings=self._placement.replicated,
-        )
+    def _compile(self, function: Callable[..., Any], *args: Any, donate: bool = False) -> Any:
+        """Compile ahead of time, so that the speed of an epoch does not include it."""
+        shardings, donated = self._placement.replicated, (0,) if donate else ()
+        jitted = jax.jit(function, out_shardings=shardings, donate_argnums=donated)
         return jitted.lower(*args).compile()
+
+    @cached_property
+    def first_state(self) -> State:
+        """See `first_state`."""
+        make = partial(first_state, self._model, self._optimizer, self._shape, self.config.seed)
+        state: State = self._compile(make)()
+        return state
 
     @cached_property
     def step(self) -> Callable[[State, Split], State]:
         """See `make_step`."""
         split = self._placement.split
         step = make_step(self._model, self._optimizer, self.config, self.recipe, split)
-        return self._compiled(step, self.first_state, self._train, donate=True)
+        return self._compile(step, self.first_state, self._train, donate=True)
 
     @cached_property
     def begin_epoch(self) -> Callable[[State], State]:
         """See `begin_epoch`."""
-        return self._compiled(begin_epoch, self.first_state, donate=True)
+        return self._compile(begin_epoch, self.first_state, donate=True)
 
     @cached_property
     def evaluate(self) -> Callable[[State, Split, Any], Totals]:
         """See `make_evaluation`."""
         evaluate = make_evaluation(self._model, self._size, self._placement.split)
-        return self._compiled(evaluate, self.first_state, self._test, np.int32(0))
+        return self._compile(evaluate, self.first_state, self._test, np.int32(0))
 
     @cached_property
     def is_finite(self) -> Callable[[State], Array]:
         """See `is_finite`."""
-        return self._compiled(is_finite, self.first_state)
+        return self._compile(is_finite, self.first_state)
 
     def fit(
         self,
@@ -314,30 +306,30 @@ class Trainer:
         signals: Signals,
         progress: ProgressBar,
     ) -> None:
-        """Train to the end, from any state on. Each epoch is added to the results.
+        """Train from a state to the last epoch. The metrics of each epoch are added to the results.
 
         Raises:
-            TrainingError: the loss is not finite, or what is to be saved cannot be written.
+            TrainingError: the loss or a weight is not finite, or a file cannot be written.
             Stopped: a signal asked for it; the state is saved.
         """
         for epoch in range(len(results.history) + 1, self.recipe.epochs + 1):
             first, started = int(state.step), time.perf_counter()
             for done in range(first + 1, epoch * self.steps + 1):
-                # Dispatch is asynchronous: the next step is on its way while this one is computed.
+                # Dispatch is asynchronous: the host queues the next step while this one runs.
                 state = self.step(state, self._train)
                 if progress.is_due():
                     progress.show(done, *state.totals.means())
-                    if jax.process_count() == 1:  # of several, each would look at another step
-                        self._check(state)
+                    if jax.process_count() == 1:  # several would check different steps
+                        self._require_finite(state)
                 if signals.noted or done % self.config.checkpoint_every == 0:
                     self._save(checkpoints, state, results)
                 if signals.noted:
                     raise Stopped(signals.noted, epoch, results.folder)
             train_loss, train_accuracy = state.totals.means()
             seconds = time.perf_counter() - started
-            images = (epoch * self.steps - first) * self.recipe.micro_batch
-            self._check(state)
+            self._require_finite(state)
             test_loss, test_accuracy = self.test(state)
+            images = (epoch * self.steps - first) * self.recipe.micro_batch
             row = {
                 "epoch": epoch,
                 "train_loss": train_loss,
@@ -347,7 +339,6 @@ class Trainer:
                 "seconds": seconds,
                 "images_per_second": images / seconds,
             }
-            print(ROW.format(**row), flush=True)
             results.add(row)
             state = self.begin_epoch(state)
             self._save(checkpoints, state, results, score=test_accuracy)
@@ -358,54 +349,53 @@ class Trainer:
         parts = [self.evaluate(state, self._test, np.int32(start)) for start in starts]
         return jax.tree.map(lambda *values: sum(values), *jax.device_get(parts)).means()
 
-    def _check(self, state: State) -> None:
-        if not self.is_finite(state):
-            loss, step = float(state.totals.loss), int(state.step)
-            raise checks.not_finite(loss, step, self.recipe.learning_rate, self.config.norm)
+    def _require_finite(self, state: State) -> None:
+        if self.is_finite(state):
+            return
+        loss, rate = float(state.totals.loss), self.recipe.learning_rate
+        found = "some weights are not" if math.isfinite(loss) else f"the loss is {loss}"
+        alternative = ", or use a norm" if self.config.norm == "none" else ""
+        raise TrainingError(
+            f"Loss and weights must stay finite, but by step {int(state.step)} {found}, so "
+            f"training stopped. Lower the learning rate, which is {rate:g}{alternative}. The last "
+            "good checkpoint is kept."
+        )
 
     def _save(
         self, checkpoints: Checkpoints, state: State, results: Results, score: float | None = None
     ) -> None:
-        self._check(state)
+        self._require_finite(state)
         checkpoints.save(int(state.step), state, {"history": results.history}, score)
 
 
 def train(config: Config) -> dict[str, float]:
     """Train, and return the metrics of the last epoch."""
     recipe = resolve(config)
-    if jax.process_count() > 1:
-        checks.output_is_said(config.output)
     dataset = data.load(config.dataset, config.data_dir)
-    shape = dataset.train.images.shape
-    checks.batch_size(recipe.batch_size, shape[0])
-    placement = Placement(config.devices)
-    checks.spread(recipe.micro_batch, placement.count)
-    everything = results.as_json(
+    shape, held_out = dataset.train.images.shape, len(dataset.test.labels)
+    trainer = Trainer(config, recipe, dataset, Placement(config.devices, recipe.micro_batch))
+    settings = results.as_json(
         {**vars(config), **vars(recipe), "classes": dataset.classes, "images": shape}
     )
     default = default_folder(config, recipe)
-    folder = results.last_folder(config.output, default) if config.resume else None
-    if folder is None:
-        folder = results.new_folder(config.output, default)
-    else:
-        checks.same_run(folder, results.read_config(folder), everything, FREE)
+    folder = results.make_folder(config.output, default, settings, FREE, resume=config.resume)
     devices.wait_for_all()
 
     with Checkpoints(folder / "checkpoints") as checkpoints, Signals() as signals:
         started = time.perf_counter()
-        trainer = Trainer(config, recipe, dataset, placement)
-        found = checkpoints.latest(trainer.first_state) if config.resume else None
+        found = checkpoints.latest(trainer.first_state)
         state = trainer.first_state if found is None else found.state
         history = [] if found is None else found.metadata["history"]
-        # Before the compilation, so that a folder that takes no results is found out at once.
-        with Results(folder, everything, history, tensorboard=config.tensorboard) as written:
-            print(*(f"{key:>16}  {value}" for key, value in everything.items()), sep="\n")
-            print(f"{shape[0]:,} training and {len(dataset.test.labels):,} held-out images")
+        # Before compilation, so that a folder that cannot be written to is reported at once.
+        with Results(folder, settings, history, tensorboard=config.tensorboard) as written:
+            print(*(f"{name:>16}  {value}" for name, value in settings.items()), sep="\n")
+            print(f"{shape[0]:,} training and {held_out:,} held-out images")
             if found is not None:
-                print(f"going on after step {found.step:,}")
+                print(f"resuming after step {found.step:,}")
             programs = trainer.step, trainer.begin_epoch, trainer.evaluate, trainer.is_finite
             seconds = time.perf_counter() - started
-            print(f"compiled {len(programs)} programs in {seconds:.1f} s\n{HEADER}", flush=True)
+            print(f"compiled {len(programs)} programs in {seconds:.1f} s")
+            print(results.HEADER, flush=True)
             steps, done = trainer.steps, int(state.step)
             with ProgressBar(steps, recipe.epochs, recipe.micro_batch, done=done) as progress:
                 trainer.fit(state, checkpoints, written, signals, progress)
@@ -418,20 +408,12 @@ def train(config: Config) -> dict[str, float]:
     return written.history[-1]
 
 
-def trained(config: Config) -> tuple[Path, Config, Mapping[str, Any]]:
-    """The folder of a run that there is, its configuration, and all that is written of it."""
-    folder = results.last_folder(config.output, default_folder(config, resolve(config)))
-    if folder is None:
-        raise checks.no_run(config.output)
-    written = results.read_config(folder)
-    return folder, as_decided(config, written), written
-
-
 def evaluate(config: Config) -> dict[str, float]:
-    """Evaluate the last and the best checkpoint of a run; the metrics of the best one."""
-    folder, config, _ = trained(config)
-    dataset = data.load(config.dataset, config.data_dir)
-    trainer = Trainer(config, resolve(config), dataset, Placement(1))
+    """Evaluate the last and the best checkpoint of a run; return the metrics of the best one."""
+    folder, settings = results.find_run(config.output, default_folder(config, resolve(config)))
+    config = with_settings_of(config, settings)
+    recipe, dataset = resolve(config), data.load(config.dataset, config.data_dir)
+    trainer = Trainer(config, recipe, dataset, Placement(1, recipe.micro_batch))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         like = trainer.first_state
         found = {"last": checkpoints.latest(like), "best": checkpoints.best(like)}
@@ -445,17 +427,18 @@ def evaluate(config: Config) -> dict[str, float]:
 
 
 def predict(config: Config, picture: Path) -> dict[str, float]:
-    """Say what a picture shows, by the best checkpoint of a run: the probability of each class."""
-    folder, config, written = trained(config)
-    recipe, classes, shape = resolve(config), written["classes"], tuple(written["images"])
-    image = pictures.read(picture, shape[1:])
+    """Classify a picture with the best checkpoint of a run; return a probability per class."""
+    folder, settings = results.find_run(config.output, default_folder(config, resolve(config)))
+    config = with_settings_of(config, settings)
+    recipe, classes, shape = resolve(config), settings["classes"], tuple(settings["images"])
+    image = data.read_picture(picture, shape[1:])
     model = make_model(config, recipe, len(classes))
     optimizer = make_optimizer(config, recipe, 1)
     like = jax.jit(partial(first_state, model, optimizer, shape, config.seed))()
     with Checkpoints(folder / "checkpoints") as checkpoints:
         best = checkpoints.best(like) or checkpoints.latest(like)
     if best is None:
-        raise checks.no_run(folder)
+        raise TrainingError(f"There is no checkpoint in {folder} yet: train first.")
     variables = {"params": best.state.params, "batch_stats": best.state.batch_stats}
     logits: Any = model.apply(variables, data.to_float(image[None]), train=False)
     values = jax.nn.softmax(logits[0].astype(jnp.float32)).tolist()
@@ -467,17 +450,17 @@ def predict(config: Config, picture: Path) -> dict[str, float]:
 
 
 def main(config: Config) -> dict[str, float]:
-    """Do what the configuration says: train, evaluate or predict, and return what came out.
+    """Train, evaluate or predict, as the configuration says, and return the result.
 
     Raises:
-        TrainingError: a value is out of its range, data or checkpoints are absent or damaged, the
-            output folder holds another run or cannot be written to, the loss is not finite.
+        TrainingError: a value is out of range, data or checkpoints are absent or damaged, the
+            output folder holds another run or cannot be written to, or the loss is not finite.
         Stopped: a signal ended training; its state is saved.
     """
     if config.distributed or config.coordinator is not None:
         devices.connect(config.coordinator, config.num_processes, config.process_id)
     with contextlib.ExitStack() as stack:
-        if jax.process_index() > 0:  # the first process speaks for all
+        if jax.process_index() > 0:  # only the first process prints
             silence = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(silence))
         if config.predict is not None:
@@ -486,11 +469,11 @@ def main(config: Config) -> dict[str, float]:
 
 
 def command_line() -> None:
-    """Train as the command line says; what the user can put right is told without a traceback."""
+    """Run the command line; errors that the user can put right are shown without a traceback."""
     try:
         # The first line and the examples; there is no docstring under `python -OO`.
         main(tyro.cli(Config, description="\n\n".join((__doc__ or "").split("\n\n")[:2])))
-    except checks.TrainingError as error:
+    except TrainingError as error:
         sys.exit(f"train_cifar.py: {error}")
     except Stopped as stopped:
         print(f"train_cifar.py: {stopped}", file=sys.stderr)

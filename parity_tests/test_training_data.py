@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from training import data
-from training.checks import TrainingError
+from training import TrainingError, cifar, data
 from training.cifar import CIFAR10, CIFAR100
 from training.data import Split
 
@@ -44,10 +43,10 @@ def message(call, *args):
     return str(caught.value)
 
 
-def afresh(folder):
+def unpack_again(folder):
     return (
-        f"Unpack the archive of the binary version again, or remove {folder}: without it, the "
-        "archive is looked for, downloaded if need be, and read as it is."
+        f"Unpack the archive of the binary version again, or remove {folder}: then the archive is "
+        "used as it is, and downloaded if necessary."
     )
 
 
@@ -73,34 +72,80 @@ def test_classes_without_names_are_numbered(tmp_path):
     assert data.load("cifar10", tmp_path / "cifar").classes == tuple("0123456789")
 
 
-def test_a_class_name_too_few(tmp_path):
-    write_cifar10(tmp_path / "cifar")
-    path = tmp_path / "cifar" / "batches.meta.txt"
-    path.write_bytes(b"cat\ndog\n\xff\n")
-    assert message(data.load, "cifar10", tmp_path / "cifar") == (
-        f"{path} must hold the names of 10 classes, one a line, but holds 3: it is damaged or of "
-        f"another format. {afresh(path.parent)}"
-    )
+def replace_byte(path, place, value):
+    content = bytearray(path.read_bytes())
+    content[place] = value
+    path.write_bytes(content)
 
 
-def test_absent_files_are_named(tmp_path):
-    folder = tmp_path / "cifar-10-batches-bin"
-    write_cifar10(folder)
-    (folder / "data_batch_2.bin").unlink()
-    (folder / "test_batch.bin").unlink()
-    assert message(data.load, "cifar10", tmp_path) == (
-        f"The files of CIFAR-10 must lie in {folder}, but these are missing or no regular files: "
-        f"data_batch_2.bin, test_batch.bin. {afresh(folder)}"
-    )
+def truncate(size):
+    return lambda path: path.write_bytes(path.read_bytes()[:size])
 
 
-def test_a_folder_in_the_place_of_a_file(tmp_path):
-    write_cifar10(tmp_path / "cifar")
-    path = tmp_path / "cifar" / "data_batch_4.bin"
+def replace_by_folder(path):
     path.unlink()
     path.mkdir()
-    assert message(data.load, "cifar10", tmp_path / "cifar") == (
-        f"Cannot read {path}: Is a directory. Name another --data-dir."
+
+
+DAMAGE = [
+    (
+        CIFAR10,
+        "batches.meta.txt",
+        lambda path: path.write_bytes(b"cat\ndog\n\xff\n"),
+        "{path} must hold the names of 10 classes, one per line, but holds 3: it is damaged or in "
+        "another format. {unpack}",
+    ),
+    (
+        CIFAR10,
+        "data_batch_2.bin",
+        lambda path: path.unlink(),
+        "The files of CIFAR-10 must be in {folder}, but these are missing or not regular files: "
+        "data_batch_2.bin. {unpack}",
+    ),
+    (
+        CIFAR10,
+        "data_batch_4.bin",
+        replace_by_folder,
+        "Cannot read {path}: Is a directory. Choose another --data-dir.",
+    ),
+    (
+        CIFAR10,
+        "data_batch_3.bin",
+        truncate(6145),
+        "{path} must hold whole records of 3073 bytes, but its size is 6145 bytes, 1 records and "
+        "3072 bytes: it is truncated or in another format. {unpack}",
+    ),
+    (
+        CIFAR10,
+        "data_batch_3.bin",
+        truncate(0),
+        "{path} must hold whole records of 3073 bytes, but its size is 0 bytes, 0 records and 0 "
+        "bytes: it is truncated or in another format. {unpack}",
+    ),
+    (
+        CIFAR10,
+        "test_batch.bin",
+        lambda path: replace_byte(path, 3073, 10),
+        "The labels in {path} must be from 0 to 9, but that of record 1 is 10: it is damaged or in "
+        "another format. {unpack}",
+    ),
+    (
+        CIFAR100,
+        "test.bin",
+        lambda path: replace_byte(path, 3075, 100),
+        "The labels in {path} must be from 0 to 99, but that of record 1 is 100: it is damaged or "
+        "in another format. {unpack}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("source", "name", "damage", "text"), DAMAGE)
+def test_damaged_files_are_refused(tmp_path, source, name, damage, text):
+    folder = tmp_path / source.folder
+    write_cifar(source, folder)
+    damage(folder / name)
+    assert message(cifar.load, source, tmp_path) == text.format(
+        path=folder / name, folder=folder, unpack=unpack_again(folder)
     )
 
 
@@ -112,44 +157,11 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "read_bytes", refuse)  # the superuser may read everything
     assert message(data.load, "cifar10", tmp_path / "cifar") == (
         f"Cannot read {tmp_path}/cifar/data_batch_1.bin: Permission denied. "
-        "Name another --data-dir."
+        "Choose another --data-dir."
     )
 
 
-@pytest.mark.parametrize(("size", "records", "rest"), [(6145, 1, 3072), (0, 0, 0)])
-def test_a_file_cut_off(tmp_path, size, records, rest):
-    write_cifar10(tmp_path / "cifar")
-    path = tmp_path / "cifar" / "data_batch_3.bin"
-    path.write_bytes(path.read_bytes()[:size])
-    assert message(data.load, "cifar10", tmp_path / "cifar") == (
-        f"{path} must hold whole records of 3073 bytes, but its size is {size} bytes, "
-        f"{records} records and {rest} bytes: it is cut off or of another format. "
-        f"{afresh(path.parent)}"
-    )
-
-
-@pytest.mark.parametrize(
-    ("source", "file", "at"), [(CIFAR10, "test_batch.bin", 3073), (CIFAR100, "test.bin", 3075)]
-)
-def test_a_label_that_is_no_class(tmp_path, source, file, at):
-    write_cifar(source, tmp_path / "cifar")
-    path = tmp_path / "cifar" / file
-    values = bytearray(path.read_bytes())
-    values[at] = source.classes
-    path.write_bytes(values)
-    assert message(data.from_cifar, source, tmp_path / "cifar") == (
-        f"The labels in {path} must be from 0 to {source.classes - 1}, but that of record 1 is "
-        f"{source.classes}: it is damaged or of another format. {afresh(path.parent)}"
-    )
-
-
-def test_there_is_no_other_data_set(tmp_path):
-    assert message(data.load, "mnist", tmp_path) == (
-        "dataset must be one of digits, cifar10, cifar100, but dataset='mnist'."
-    )
-
-
-def test_digits_are_split_once_and_for_all(tmp_path):
+def test_the_split_of_the_digits_is_fixed(tmp_path):
     train, test, classes = data.load("digits", tmp_path)
     assert train.images.shape == (1437, 8, 8, 1)
     assert test.images.shape == (360, 8, 8, 1)
@@ -178,7 +190,7 @@ def test_digits_are_all_there():
     assert rows(np.round(images * (16 / 255)), labels) == rows(source.data, source.target)
 
 
-def test_padding_is_of_no_class():
+def test_padding_has_class_minus_1():
     split = Split(np.ones((5, 2, 2, 1), np.uint8), np.arange(5, dtype=np.int32))
     padded = data.pad(split, 4)
     np.testing.assert_array_equal(padded.labels, [0, 1, 2, 3, 4, -1, -1, -1])

@@ -1,4 +1,4 @@
-"""Spread over devices and processes, a run is the same run, but for roundings."""
+"""A run gives the same results on any number of devices and processes, but for rounding."""
 
 import dataclasses
 import json
@@ -15,14 +15,13 @@ import pytest
 
 import train_cifar
 from train_cifar import Trainer
-from training import data
+from training import TrainingError, data
 from training.checkpoints import Checkpoints
-from training.checks import TrainingError
 from training.config import RECIPES, Config, resolve
 from training.devices import Placement
 
 ROOT = Path(train_cifar.__file__).parent
-# Plain gradient descent, which lets roundings stay roundings; Adam would make steps of them.
+# Plain gradient descent keeps rounding errors small; Adam would turn them into steps.
 OPTIONS = {"optimizer": "sgd", "learning_rate": 0.05, "epochs": 2, "batch_size": 32}
 
 
@@ -36,7 +35,7 @@ def small(tmp_path, monkeypatch):
 def outcome(folder, **options):
     """The losses of a run, and its last estimates and parameters."""
     config = Config(**OPTIONS, **options)
-    like = Trainer(config, resolve(config), data.digits(), Placement(1)).first_state
+    like = Trainer(config, resolve(config), data.digits(), Placement(1, 32)).first_state
     with Checkpoints(Path(folder) / "checkpoints") as checkpoints:
         state = checkpoints.latest(like).state
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -69,12 +68,12 @@ def test_a_run_goes_on_with_other_devices():
 
 def test_several_processes_must_agree_on_a_folder(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(TrainingError, match="Of several processes all must write to one folder"):
+    with pytest.raises(TrainingError, match="Several processes must all write to one folder"):
         train_cifar.main(Config(devices=1))
 
 
-def test_processes_that_cannot_be_found_are_said():
-    with pytest.raises(TrainingError, match="Cannot join the other processes by what Slurm, Open"):
+def test_processes_that_cannot_be_found_are_reported():
+    with pytest.raises(TrainingError, match="Cannot join the other processes by the"):
         train_cifar.main(Config(distributed=True))
 
 
@@ -112,6 +111,6 @@ def test_two_processes_with_two_devices_each_are_one(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], printed
     assert "results in" in printed[0]
-    assert "results in" not in printed[1]  # the first speaks for all
+    assert "results in" not in printed[1]  # only the first prints
     train_cifar.main(Config(**OPTIONS, devices=1, output=tmp_path / "on-1"))
     assert_near(outcome(tmp_path / "on-4"), outcome(tmp_path / "on-1"))

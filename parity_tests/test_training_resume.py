@@ -19,12 +19,11 @@ import pytest
 
 import train_cifar
 from train_cifar import Trainer
-from training import data, pictures
+from training import TrainingError, data
 from training.checkpoints import Checkpoints
-from training.checks import TrainingError
 from training.config import RECIPES, Config, resolve
 from training.devices import Placement
-from training.signals import Stopped
+from training.progress import Stopped
 
 TIMES = {"seconds", "images_per_second"}
 # A small network, and saves that come often enough to be hit.
@@ -51,7 +50,7 @@ def config(folder, **options):
 def outcome(folder):
     """The last state of a run and its metrics, but for what depends on the clock."""
     chosen = config(folder)
-    like = Trainer(chosen, resolve(chosen), data.digits(), Placement(1)).first_state
+    like = Trainer(chosen, resolve(chosen), data.digits(), Placement(1, 16)).first_state
     with Checkpoints(Path(folder) / "checkpoints") as checkpoints:
         last = checkpoints.latest(like)
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
@@ -114,7 +113,7 @@ def test_a_finished_run_goes_on_to_nothing(whole, capsys):
     last = train_cifar.main(config(folder, resume=True))
     assert last["epoch"] == 3
     assert_same(outcome(folder), expected)
-    assert "going on after step 264" in capsys.readouterr().out
+    assert "resuming after step 264" in capsys.readouterr().out
 
 
 def test_without_a_run_to_go_on_with_one_begins():
@@ -130,9 +129,9 @@ def test_another_run_does_not_go_on_in_its_place(whole):
     with pytest.raises(TrainingError) as caught:
         train_cifar.main(config(folder, resume=True, seed=1, norm="bn"))
     assert str(caught.value) == (
-        "A run goes on with the arguments that it began with, but of the one in "
-        f"{folder} norm was bcn and is bn; seed was 0 and is 1. Say the same again, or begin "
-        "another run in another --output."
+        f"A run must be resumed with its own settings, but of the run in {folder} "
+        "norm was bcn and is bn; seed was 0 and is 1. Use the same settings, or start a new run "
+        "with another --output."
     )
     assert_same(outcome(folder), expected)
 
@@ -151,7 +150,7 @@ def test_a_picture_is_seen_as_in_training(whole, capsys):
     image = data.digits().test.images[:1]
     chosen = config(whole[0])
     recipe = resolve(chosen)
-    like = Trainer(chosen, recipe, data.digits(), Placement(1)).first_state
+    like = Trainer(chosen, recipe, data.digits(), Placement(1, 16)).first_state
     with Checkpoints(whole[0] / "checkpoints") as checkpoints:
         best = checkpoints.best(like).state
     variables = {"params": best.params, "batch_stats": best.batch_stats}
@@ -169,8 +168,8 @@ def test_a_picture_is_seen_as_in_training(whole, capsys):
 @pytest.mark.parametrize(("mode", "size"), [("RGB", (80, 80)), ("RGBA", (8, 20)), ("P", (8, 8))])
 def test_pictures_of_any_kind_and_size_are_taken(mode, size):
     PIL.Image.new(mode, size).save("picture.png")
-    assert pictures.read(Path("picture.png"), (8, 8, 1)).shape == (8, 8, 1)
-    assert pictures.read(Path("picture.png"), (32, 32, 3)).shape == (32, 32, 3)
+    assert data.read_picture(Path("picture.png"), (8, 8, 1)).shape == (8, 8, 1)
+    assert data.read_picture(Path("picture.png"), (32, 32, 3)).shape == (32, 32, 3)
 
 
 def test_what_is_no_picture_or_no_run_is_said(whole):
@@ -179,7 +178,7 @@ def test_what_is_no_picture_or_no_run_is_said(whole):
         ("text.png", "cannot identify image file '.*text.png'"),
         ("absent.png", "No such file or directory"),
     ):
-        with pytest.raises(TrainingError, match=f"Cannot read {name} as a picture: {error}. Name"):
+        with pytest.raises(TrainingError, match=f"Cannot read {name} as a picture: {error}. Pass"):
             train_cifar.main(Config(output=whole[0], predict=Path(name)))
     for options in {"eval_only": True}, {"predict": Path("text.png")}:
         with pytest.raises(TrainingError, match="There must be a run with a checkpoint, but there"):
@@ -189,7 +188,7 @@ def test_what_is_no_picture_or_no_run_is_said(whole):
 def test_a_damaged_configuration_is_said(whole):
     Path("run").mkdir()
     Path("run/config.json").write_text("{")
-    with pytest.raises(TrainingError, match=r"Cannot read run/config\.json, which says"):
+    with pytest.raises(TrainingError, match=r"Cannot read run/config\.json, which holds"):
         train_cifar.main(config("run", resume=True))
 
 

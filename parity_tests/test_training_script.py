@@ -22,9 +22,8 @@ import train_cifar
 from bcn_flax.models import ResNet
 from parity_tests.test_training_data import write_cifar10
 from train_cifar import State, Trainer
+from training import TrainingError, data
 from training import config as configuration
-from training import data
-from training.checks import TrainingError
 from training.config import RECIPES, Config, Recipe
 from training.data import Split
 from training.devices import Placement
@@ -73,7 +72,7 @@ def run_of(images=None, **options):
     """What trains with these options, on one device."""
     config = Config(**options)
     images = images or data.digits()
-    return Trainer(config, configuration.resolve(config), images, Placement(1))
+    return Trainer(config, configuration.resolve(config), images, Placement(1, 1))
 
 
 def few_steps(trainer, steps=3):
@@ -255,9 +254,9 @@ def test_a_loss_that_is_not_finite_stops_training_and_is_not_saved(small, norm, 
     config = Config(norm=norm, ws=False, optimizer="sgd", learning_rate=1e38, devices=1)
     text = message(train_cifar.main, dataclasses.replace(config, output=Path("here")))
     assert re.fullmatch(
-        r"Loss and weights must stay finite, but (the loss was (nan|inf)|there were weights that "
-        rf"are not) by step \d+, so training stopped\. Lower the learning rate, which is "
-        rf"1e\+38{more}\. The last good checkpoint is kept\.",
+        r"Loss and weights must stay finite, but by step \d+ (the loss is (nan|inf)|some weights "
+        rf"are not), so training stopped\. Lower the learning rate, which is 1e\+38{more}\. The "
+        r"last good checkpoint is kept\.",
         text,
     )
     assert not (Path("here") / "metrics.jsonl").read_text()
@@ -408,6 +407,9 @@ def test_a_cosine_ends_at_0_and_a_constant_rate_does_not():
         assert last_update("constant", optimizer) < -0.49
 
 
+DEFAULT = "Omit it for the default."
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -423,7 +425,7 @@ def test_a_cosine_ends_at_0_and_a_constant_rate_does_not():
         ),
         (
             {"micro_batch": 5},
-            "micro_batch must divide batch_size, but micro_batch=5 and batch_size=32.",
+            "micro_batch must be a divisor of batch_size=32, but micro_batch=5.",
         ),
         (
             {"label_smoothing": 1.0},
@@ -435,12 +437,12 @@ def test_a_cosine_ends_at_0_and_a_constant_rate_does_not():
         ),
         (
             {"devices": 9},
-            "devices must be from 1 to 8, which JAX sees here, but devices=9.",
+            "devices must be from 1 to 8, the number that JAX sees, but devices=9.",
         ),
         (
             {"batch_size": 4},
             "Micro-batches must be a multiple of the devices, but they have 4 images and there are "
-            "8 devices. Use fewer with --devices, or another --batch-size or --micro-batch.",
+            "8 devices. Use fewer with --devices, or change --batch-size or --micro-batch.",
         ),
         ({"norm": "ln"}, "norm must be one of bcn, bn, gn, none, but norm='ln'."),
         ({"optimizer": "lion"}, "optimizer must be one of adam, sgd, but optimizer='lion'."),
@@ -451,43 +453,37 @@ def test_a_cosine_ends_at_0_and_a_constant_rate_does_not():
         ({"seed": -1}, "seed must be from 0 to 4294967295, but seed=-1."),
         (
             {"batch_size": 0},
-            "batch_size must be a whole number and at least 1, but batch_size=0. Leave it out for "
-            "the data set's own.",
+            "batch_size must be a whole number and at least 1, but batch_size=0. " + DEFAULT,
         ),
         (
             {"epochs": 0},
-            "epochs must be a whole number and at least 1, but epochs=0. Leave it out for the data "
-            "set's own.",
+            "epochs must be a whole number and at least 1, but epochs=0. " + DEFAULT,
         ),
         (
             {"learning_rate": 0.0},
-            "learning_rate must be positive and finite, but learning_rate=0.0. Leave it out for "
-            "the data set's own.",
+            "learning_rate must be positive and finite, but learning_rate=0.0. " + DEFAULT,
         ),
         (
             {"learning_rate": math.nan},
-            "learning_rate must be positive and finite, but learning_rate=nan. Leave it out for "
-            "the data set's own.",
+            "learning_rate must be positive and finite, but learning_rate=nan. " + DEFAULT,
         ),
         (
             {"norm_momentum": 1.0},
-            "norm_momentum is the weight of the old running average and must be at least 0 and "
-            "less than 1, but norm_momentum=1.0. A PyTorch momentum m is 1 - m here.",
+            "norm_momentum must be at least 0 and less than 1, but norm_momentum=1.0. It is the "
+            "weight of the old running average: a PyTorch momentum m is 1 - m here.",
         ),
         (
             {"groups": 12},
-            "groups must divide the channels of every layer, but groups=12 and the layers have 32, "
-            "64 channels. Any of 1, 2, 4, 8, 16, 32 would do.",
+            "groups must be a divisor of the channels of every layer, which are 32, 64, but "
+            "groups=12. Use one of 1, 2, 4, 8, 16, 32.",
         ),
         (
             {"groups": 0, "norm": "gn"},
-            "groups must be a whole number and at least 1, but groups=0. Leave it out for the data "
-            "set's own.",
+            "groups must be a whole number and at least 1, but groups=0. " + DEFAULT,
         ),
         (
-            {"batch_size": 1438},
-            "batch_size must be at most the number of training images, but batch_size=1438 and "
-            "there are 1437 of them. Use a smaller batch.",
+            {"batch_size": 1440},
+            "batch_size must be at most the number of training images, 1437, but batch_size=1440.",
         ),
     ],
     ids=str,
@@ -514,8 +510,8 @@ def test_results_are_never_overwritten():
     Results(new_folder(here, Path("unused")), {"seed": 0}, (), tensorboard=False)
     assert message(new_folder, here, Path("unused")) == (
         "The output folder must not hold results already, but here holds config.json, "
-        "metrics.jsonl. Name another folder, move that one away, or leave --output out: a new "
-        "folder is made then."
+        "metrics.jsonl. Choose another folder, move that one away, or omit --output: then a new "
+        "folder is made."
     )
     assert json.loads(Path("here/config.json").read_text()) == {"seed": 0}
     assert not Path("unused").exists()
@@ -531,7 +527,7 @@ def test_an_output_folder_may_hold_something_else():
 def test_the_output_is_a_folder():
     Path("here").write_text("mine")
     assert message(new_folder, Path("here"), Path("unused")) == (
-        "The output must be a folder, but here is a file. Name another one."
+        "The output must be a folder, but here is a file. Choose another."
     )
 
 
@@ -539,7 +535,7 @@ def test_the_output_is_a_folder():
 def test_the_output_is_not_the_current_folder(output):
     assert message(train_cifar.main, Config(output=Path(output))) == (
         "The output must be a folder of its own, but it is the current folder or has an empty "
-        "name. Name another --output, or leave it out: a new folder is made then."
+        "name. Choose another --output, or omit it: then a new folder is made."
     )
     assert list(Path().iterdir()) == []
 
@@ -552,11 +548,11 @@ def test_a_folder_that_cannot_be_made(monkeypatch):
     monkeypatch.setattr(Trainer, "step", property(no_compilation))
     Path("afile").write_text("mine")
     assert message(train_cifar.main, Config(output=Path("afile/sub"), devices=1)) == (
-        "Cannot write to afile/sub: Not a directory. Name another --output."
+        "Cannot write to afile/sub: Not a directory. Choose another --output."
     )
     Path("runs").write_text("mine")
     assert message(train_cifar.main, Config()) == (
-        "Cannot write to runs/digits-bcn-ws-batch32-seed0: File exists. Name another --output."
+        "Cannot write to runs/digits-bcn-ws-batch32-seed0: File exists. Choose another --output."
     )
 
 
@@ -567,16 +563,21 @@ def test_a_folder_that_takes_no_files_is_found_out_before_the_compilation(monkey
     monkeypatch.setattr(Trainer, "step", property(no_compilation))
     monkeypatch.setattr(Path, "write_text", refuse)  # the superuser may write everywhere
     assert message(train_cifar.main, Config(output=Path("here"), devices=1)) == (
-        "Cannot write to here: Permission denied. Name another --output."
+        "Cannot write to here: Permission denied. Choose another --output."
     )
+
+
+def metrics(epoch):
+    names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy", "images_per_second")
+    return {"epoch": epoch, **dict.fromkeys(names, 0.25)}
 
 
 def test_a_disk_that_fills_up_in_training():
     results = Results(new_folder(Path("here"), Path("unused")), {}, (), tensorboard=False)
     Path("here/metrics.jsonl").unlink()
     Path("here/metrics.jsonl").symlink_to("/dev/full")
-    assert message(results.add, {"epoch": 1}) == (
-        "Cannot write to here: No space left on device. Name another --output."
+    assert message(results.add, metrics(1)) == (
+        "Cannot write to here: No space left on device. Choose another --output."
     )
 
 
@@ -591,14 +592,12 @@ def test_a_compilation_that_fails_leaves_the_configuration(monkeypatch, small):
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 2])
-def test_a_run_cut_short_keeps_what_it_found_out(epochs):
-    names = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
-    rows = [{"epoch": n, **dict.fromkeys(names, 0.5)} for n in range(1, epochs + 1)]
+def test_a_run_cut_short_keeps_its_metrics(epochs):
     results = Results(new_folder(Path("here"), Path("unused")), {}, (), tensorboard=False)
 
     def interrupted():
         with results:
-            for row in rows:
+            for row in map(metrics, range(1, epochs + 1)):
                 results.add(row)
                 assert json.loads(Path("here/metrics.jsonl").read_text().splitlines()[-1]) == row
             raise KeyboardInterrupt
@@ -609,9 +608,8 @@ def test_a_run_cut_short_keeps_what_it_found_out(epochs):
 
 
 def test_tensorboard_gets_the_same_numbers():
-    row = {"epoch": 1, "train_loss": 0.25, "test_loss": 0.5, "train_accuracy": 0.1}
     with Results(new_folder(Path("here"), Path("unused")), {}, (), tensorboard=True) as results:
-        results.add({**row, "test_accuracy": 0.2})
+        results.add(metrics(1))
     (events,) = Path("here").glob("events.out.tfevents.*")
     assert b"train_loss" in events.read_bytes()
     assert np.float32(0.25).tobytes() in events.read_bytes()
@@ -626,13 +624,13 @@ def command(*args):
     )
 
 
-def test_a_complaint_is_a_message_and_not_a_traceback():
+def test_an_error_is_a_message_and_not_a_traceback():
     done = command("train_cifar.py", "--batch-size", "0")
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
         "train_cifar.py: batch_size must be a whole number and at least 1, but batch_size=0. "
-        "Leave it out for the data set's own.\n"
+        "Omit it for the default.\n"
     )
 
 
@@ -662,14 +660,14 @@ def test_ctrl_c_ends_a_run_without_a_traceback(tmp_path):
         printed = next((line for line in run.stdout if line.startswith("    1  ")), None)
         run.send_signal(signal.SIGINT)
         try:
-            _, complaint = run.communicate(timeout=120)
+            _, errors = run.communicate(timeout=120)
         finally:
             run.kill()
-    assert printed, complaint
+    assert printed, errors
     assert re.fullmatch(
-        r"train_cifar.py: stopped by SIGINT in epoch \d+\. Nothing is lost: go on with the same "
+        r"train_cifar.py: stopped by SIGINT in epoch \d+\. Nothing is lost: resume with the same "
         rf"arguments and --resume --output {re.escape(str(folder))}\n",
-        complaint,
+        errors,
     )
     assert run.returncode == 130
     names = ["checkpoints", "config.json", "curves.png", "metrics.jsonl"]

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: written whole or not at all, and trusted only after a look at every byte.
+"""Checkpoints of a run: written whole or not at all, and read only if every byte is as written.
 
-Orbax writes and reads the arrays. Beside them lies a record of what was saved: the step, the score,
-the metadata, each array's path and type and the SHA-256 of its values, the SHA-256 of each file,
-and one of all this. Orbax itself leaves some bytes unchecked, and fails untidily at others.
+Orbax writes and reads the arrays. Beside them, `record.json` holds the step, the score, the
+metadata and the type of each array, and `SHA256SUMS` the SHA-256 of every file, as `sha256sum`
+writes and checks them: Orbax leaves some bytes unchecked, and fails in many ways at others.
 
 In the folder, `save_0`, `save_1`, ... count the saves, so that a step can be saved twice; `damaged`
-holds what was found damaged; `saving` and `deleted` are on their way in and out.
+holds damaged checkpoints; `saving` and `deleted` hold those being written and deleted.
 """
 
 import hashlib
@@ -14,32 +14,33 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from filelock import BaseFileLock, FileLock, Timeout
 from jaxtyping import Array
 
-from training.checks import TrainingError
-from training.locking import all_agree, lock, on_first
+from training import TrainingError
+from training.devices import all_agree, on_first
 
 T = TypeVar("T")
 
 _PREFIX = "save_"
+_RECORD, _SUMS = "record.json", "SHA256SUMS"
 _KEPT = 2  # and the best
 _SHOWN = 3  # differences
 _BLOCK = bytes(2**18)
 
 
 class Checkpoint(NamedTuple):
-    """What was saved after some step."""
+    """What was saved after a step."""
 
     step: int
     state: Any
@@ -47,30 +48,27 @@ class Checkpoint(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """What a checkpoint says of itself. Types and values go by the paths of the arrays."""
+    """The description of a checkpoint, in its folder."""
 
     step: int
     score: float | None
     metadata: dict[str, Any]
-    types: dict[str, str]
-    values: dict[str, str]  # digests
-    files: dict[str, str]  # digests
+    types: dict[str, str]  # by the paths of the arrays
 
 
 class _DamagedError(Exception):
-    """What was read is not what was saved."""
+    """A file is not as it was saved."""
 
 
 class Checkpoints:
-    """The checkpoints in a folder: the newest two, and the one of the highest score.
+    """The checkpoints in a folder: the newest two, and the one with the highest score.
 
-    A process that dies, at whatever moment, leaves what was saved before whole. Where there are
-    several processes (`jax.distributed`), all of them must make the same calls, and share the
-    folder.
+    Whenever a process is killed, the checkpoints saved before stay whole. With several processes
+    (`jax.distributed`), all must make the same calls, and share the folder.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open the folder, or make it, and clear away what a run that was killed left behind.
+        """Open or make the folder, and remove what a killed run left behind.
 
         Raises:
             TrainingError: another run uses the folder, or it cannot be written to.
@@ -78,7 +76,7 @@ class Checkpoints:
         self._folder = folder.absolute()
         self._records: dict[int, _Record] = {}
         with _writing(self._folder, None):
-            self._lock = lock(self._folder)
+            self._lock = on_first(partial(_lock, self._folder))
         self._checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         try:
             numbers = _numbers(self._folder)
@@ -91,74 +89,68 @@ class Checkpoints:
             raise
 
     def __enter__(self) -> Self:
-        """Nothing yet."""
+        """Start."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Let others use the folder."""
+    def __exit__(self, *_: object) -> None:
+        """Release the folder."""
         self._close()
 
     def save(
         self, step: int, state: Any, metadata: Mapping[str, Any], score: float | None = None
     ) -> None:
-        """Save a state; when this returns, it is on disk.
+        """Save a state; it is on disk when this returns.
 
         Args:
-            step: after which the state is this one.
-            state: a pytree of JAX arrays, typed PRNG keys and NumPy arrays; over several processes,
-                each holds all of the values.
-            metadata: of JSON's types.
-            score: the best checkpoint has the highest; one of None or NaN is never the best.
+            step: number of steps that led to the state.
+            state: a pytree of JAX arrays, typed PRNG keys and NumPy arrays; each process holds all
+                of the values.
+            metadata: of types that JSON has.
+            score: the best checkpoint has the highest; with None or NaN, it is never the best.
 
         Raises:
-            TrainingError: it cannot be written; what was saved before is kept.
+            TrainingError: it cannot be written; earlier checkpoints are kept.
         """
         score = None if score is None or math.isnan(score) else float(score)
         arrays = {path: _to_host(leaf) for path, leaf in _leaves(state).items()}
-        values = {path: _digest(array) for path, array in arrays.items()}
-        record = _Record(step, score, json.loads(json.dumps(metadata)), _types(state), values, {})
+        record = _Record(step, score, json.loads(json.dumps(metadata)), _types(state))
         number, self._next = self._next, self._next + 1
         last = self._describe(max(self._records)) if self._records else None
         with _writing(self._folder, last):
             self._write(number, arrays, record)
-            self._records[number] = _read_record(self._path(number))
+            self._records[number] = record
             self._delete_old()
 
     def latest(self, like: Any) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None where nothing was saved.
+        """The newest undamaged checkpoint, or None if nothing was saved.
 
-        One that is damaged is moved aside, and a line on stderr tells of it.
+        A damaged one is moved to `damaged`, and reported in a line on stderr.
 
         Args:
-            like: a state of the same tree, dtypes and shapes; the arrays are laid where its are.
+            like: a state with the same tree, dtypes and shapes; arrays are put on its devices.
 
         Raises:
-            TrainingError: all are damaged, or hold a state that is not like `like`.
+            TrainingError: all are damaged, or the state is not like `like`.
         """
-        return self._first_whole(sorted(self._records, reverse=True), like)
+        return self._first_undamaged(sorted(self._records, reverse=True), like)
 
     def best(self, like: Any) -> Checkpoint | None:
-        """The checkpoint of the highest score that is whole, of equal ones the last.
+        """The undamaged checkpoint with the highest score, of equal ones the last; see `latest`.
 
-        As `latest` otherwise; None also where nothing that is whole has a score.
+        None also if no undamaged checkpoint has a score.
 
         Args:
-            like: a state of the same tree, dtypes and shapes; the arrays are laid where its are.
+            like: a state with the same tree, dtypes and shapes; arrays are put on its devices.
 
         Raises:
-            TrainingError: all are damaged, or hold a state that is not like `like`.
+            TrainingError: all are damaged, or the state is not like `like`.
         """
-        return self._first_whole(_best_first(self._records), like)
+        return self._first_undamaged(_best_first(self._records), like)
 
     def _write(self, number: int, arrays: Mapping[str, np.ndarray], record: _Record) -> None:
         saving = self._folder / "saving"
         on_first(partial(_make_room, saving, sum(array.nbytes for array in arrays.values())))
-        # Orbax takes no empty arrays; of those, their types say all.
+        # Orbax takes no empty arrays; their types say everything.
         filled = {path: array for path, array in arrays.items() if array.size}
         self._checkpointer.save(saving / "state", args=ocp.args.StandardSave(filled))
         on_first(partial(_commit, saving, self._path(number), record))
@@ -166,21 +158,17 @@ class Checkpoints:
     def _delete_old(self) -> None:
         kept = {*sorted(self._records)[-_KEPT:], *_best_first(self._records)[:1]}
         for number in self._records.keys() - kept:
-            # Files go one by one: in its place, half a checkpoint would look like a damaged one.
+            # Files are deleted one by one: a half deleted checkpoint would look damaged.
             on_first(partial(_move, self._path(number), self._folder / "deleted"))
             del self._records[number]
         on_first(partial(_delete, self._folder / "deleted"))
 
     def _read_arrays(self, number: int, like: Any) -> dict[str, np.ndarray]:
-        record = self._records[number]
-        _check_files(self._path(number), record.files)
-        filled = self._checkpointer.restore(self._path(number) / "state")
-        arrays = {}
-        for path, leaf in _leaves(like).items():
-            arrays[path] = filled[path] if leaf.size else _empty(leaf)
-            if _digest(arrays[path]) != record.values[path]:
-                raise _DamagedError(f"the values of {path} are not those that were saved")
-        return arrays
+        folder = self._path(number)
+        _require_undamaged(folder)
+        filled = self._checkpointer.restore(folder / "state")
+        leaves = _leaves(like).items()
+        return {path: filled[path] if leaf.size else _empty(leaf) for path, leaf in leaves}
 
     def _read_records(self, numbers: Sequence[int]) -> None:
         for i, number in enumerate(numbers):
@@ -188,21 +176,21 @@ class Checkpoints:
             if record is not None:
                 self._records[number] = record
             else:
-                self._set_aside(number, damage, [*self._records, *numbers[i + 1 :]])
+                self._move_to_damaged(number, damage, [*self._records, *numbers[i + 1 :]])
 
-    def _first_whole(self, numbers: Sequence[int], like: Any) -> Checkpoint | None:
+    def _first_undamaged(self, numbers: Sequence[int], like: Any) -> Checkpoint | None:
         for i, number in enumerate(numbers):
             record = self._records[number]
-            _same_types(self._describe(number), record.types, _types(like))
+            _require_same_types(self._describe(number), record.types, _types(like))
             arrays, damage = _attempt(partial(self._read_arrays, number, like))
             if arrays is not None:
                 return Checkpoint(record.step, _to_devices(arrays, like), record.metadata)
-            self._set_aside(number, damage, numbers[i + 1 :])
+            self._move_to_damaged(number, damage, numbers[i + 1 :])
         if not self._records:
-            _not_all_damaged(self._folder)
+            _refuse_if_all_damaged(self._folder)
         return None
 
-    def _set_aside(self, number: int, damage: str, others: Sequence[int]) -> None:
+    def _move_to_damaged(self, number: int, damage: str, others: Sequence[int]) -> None:
         what, where = self._describe(number), self._folder / "damaged"
         with _writing(self._folder, None):
             on_first(partial(_move, self._path(number), where))
@@ -238,6 +226,23 @@ def _best_first(records: Mapping[int, _Record]) -> list[int]:
 # Files
 
 
+def _lock(folder: Path) -> BaseFileLock:
+    """Make a folder, and keep other runs out of it.
+
+    The operating system keeps the lock, so it goes with the process, however that ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise TrainingError(
+            f"Only one run at a time may use {folder}, but another one is using it. Wait until it "
+            "ends, stop it, or choose another folder."
+        ) from error
+    return lock
+
+
 def _numbers(folder: Path) -> list[int]:
     numbers = [path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*")]
     return [int(number) for number in numbers if number.isdecimal()]
@@ -249,7 +254,7 @@ def _delete(*folders: Path) -> None:
 
 
 def _make_room(folder: Path, size: int) -> None:
-    """Make a folder for so many bytes. Where they do not fit, Orbax would fail noisily."""
+    """Make a folder and see that `size` bytes fit into it: Orbax would fail with many messages."""
     _delete(folder)
     folder.mkdir()
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -263,22 +268,41 @@ def _move(path: Path, folder: Path) -> None:
 
 
 def _commit(saving: Path, path: Path, record: _Record) -> None:
-    """Write the record, and make it a checkpoint, in one indivisible step."""
-    files = [file for file in sorted(saving.rglob("*")) if file.is_file()]
-    digests = {str(file.relative_to(saving)): _file_digest(file) for file in files}
-    _write_record(saving, record._replace(files=digests))
+    """Complete a checkpoint, and rename it, which cannot be interrupted halfway."""
+    (saving / _RECORD).write_text(json.dumps(record._asdict(), indent=2))
+    (saving / _SUMS).write_text("\n".join(sorted(_sums(saving, _files(saving)))))
     saving.rename(path)
 
 
-def _check_files(folder: Path, digests: Mapping[str, str]) -> None:
-    for name, digest in digests.items():
-        if _file_digest(folder / name) != digest:
-            raise _DamagedError(f"{name} is not as it was saved")
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file() and path.name != _SUMS)
 
 
-def _file_digest(path: Path) -> str:
+def _sums(folder: Path, files: Iterable[Path]) -> set[str]:
+    """Lines with the SHA-256 and the name of each file."""
+    return {f"{_sha256(file)}  {file.relative_to(folder)}" for file in files}
+
+
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_record(folder: Path) -> _Record:
+    record = folder / _RECORD
+    if not _sums(folder, [record]) <= _saved_sums(folder):
+        raise _DamagedError(f"{_RECORD} is not as it was saved")
+    return _Record(**json.loads(record.read_text()))
+
+
+def _require_undamaged(folder: Path) -> None:
+    if different := _sums(folder, _files(folder)) ^ _saved_sums(folder):
+        _, _, name = min(different).partition("  ")
+        raise _DamagedError(f"{name or _SUMS} is not as it was saved")
+
+
+def _saved_sums(folder: Path) -> set[str]:
+    return set((folder / _SUMS).read_bytes().decode().split("\n"))
 
 
 # Arrays
@@ -310,10 +334,6 @@ def _empty(leaf: Any) -> np.ndarray:
     return np.empty(data.shape, data.dtype)
 
 
-def _digest(array: np.ndarray) -> str:
-    return _sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes())
-
-
 def _to_devices(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
     leaves = [_to_device(arrays[path], leaf) for path, leaf in _leaves(like).items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -333,36 +353,12 @@ def _to_device(array: np.ndarray, like: Any) -> Any:
     return placed
 
 
-# Records
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _write_record(folder: Path, record: _Record) -> None:
-    fields = record._asdict()
-    sealed = {**fields, "sha256": _seal(fields)}
-    (folder / "record.json").write_text(json.dumps(sealed, indent=2))
-
-
-def _read_record(folder: Path) -> _Record:
-    fields = json.loads((folder / "record.json").read_text())
-    if fields.pop("sha256") != _seal(fields):
-        raise _DamagedError("record.json is not as it was saved")
-    return _Record(**fields)
-
-
-def _seal(fields: Mapping[str, Any]) -> str:
-    return _sha256(json.dumps(fields).encode())
-
-
 # Failures
 
 
 def _attempt(read: Callable[[], T]) -> tuple[T | None, str]:
-    """What was read, or None and why not, on all processes alike."""
-    result, damage = None, "other processes cannot read it"
+    """What was read, or None and the reason; in all processes, if it fails in any."""
+    result, damage = None, "another process cannot read it"
     try:
         result = read()
     except Exception as error:  # Orbax documents none, and raises many types
@@ -377,7 +373,6 @@ def _brief(error: Exception) -> str:
 
 @contextmanager
 def _writing(folder: Path, last: str | None) -> Iterator[None]:
-    """What is saved can be written."""
     try:
         yield
     except TrainingError:
@@ -385,35 +380,34 @@ def _writing(folder: Path, last: str | None) -> Iterator[None]:
     except Exception as error:  # Orbax documents none, and raises many types
         kept = f" The last good checkpoint is kept: {last}." if last else ""
         raise TrainingError(
-            f"Checkpoints must be written to {folder}, but that failed: {_brief(error)}.{kept} See "
-            "that there is room and that the folder may be written to, then start again."
+            f"Cannot write checkpoints to {folder}: {_brief(error)}.{kept} Check the free space "
+            "and the permissions of the folder, then start again."
         ) from error
 
 
-def _same_types(checkpoint: str, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    """A checkpoint holds the arrays of the state that it is to become."""
+def _require_same_types(
+    checkpoint: str, saved: Mapping[str, str], expected: Mapping[str, str]
+) -> None:
     differences = [
-        f"  {path}: {saved.get(path, 'nothing')} saved, {wanted.get(path, 'nothing')} wanted"
-        for path in sorted(saved.keys() | wanted.keys())
-        if saved.get(path) != wanted.get(path)
+        f"  {path}: {saved.get(path, 'nothing')} saved, {expected.get(path, 'nothing')} expected"
+        for path in sorted(saved.keys() | expected.keys())
+        if saved.get(path) != expected.get(path)
     ]
     if differences:
         more = len(differences) - _SHOWN
         shown = "\n".join(differences[:_SHOWN]) + (f"\n  and {more} more" if more > 0 else "")
         raise TrainingError(
-            f"The state in a checkpoint must be like that of the run, but in {checkpoint} these "
-            f"arrays differ:\n{shown}\nRun with the settings that it was saved with, or name "
-            "another folder."
+            f"A checkpoint must hold the arrays of the run, but in {checkpoint} these differ:\n"
+            f"{shown}\nUse the settings that it was saved with, or choose another folder."
         )
 
 
-def _not_all_damaged(folder: Path) -> None:
-    """Where something was saved, a run does not silently start anew."""
+def _refuse_if_all_damaged(folder: Path) -> None:
+    """A run whose checkpoints are lost does not silently start again."""
     where = folder / "damaged"
     damaged = sorted(path.name for path in where.glob("*"))
     if damaged:
         raise TrainingError(
-            f"Of the checkpoints in {folder}, one must be whole, but all are damaged: "
-            f"{', '.join(damaged)}. They are kept in {where}. Move that folder away to start anew, "
-            "or name another one."
+            f"All checkpoints in {folder} are damaged: {', '.join(damaged)}. They are kept in "
+            f"{where}. Move that folder away to start again, or choose another one."
         )

@@ -1,14 +1,15 @@
-"""What decides a run: the command line, and the recipes that fill in what it leaves open."""
+"""The settings of a run: the command line, and the recipes that complete it."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bcn_flax.models import Norm
 from bcn_flax.models.resnet import WIDTHS
-from training import checks
+from training import TrainingError
 from training.data import DatasetName
 
 Network = Literal["vgg", "resnet"]
@@ -19,89 +20,88 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Config:
-    """What the command line says. Where it says None, the data set decides, by its recipe."""
+    """The command line. None means: as the recipe of the data set says."""
 
-    #: What to train on; digits needs no download, the others are downloaded if need be.
+    #: Data set to train on. digits needs no download; CIFAR is downloaded if it is not there.
     dataset: DatasetName = "digits"
-    #: The folder for CIFAR, downloaded or unpacked, or its archive.
+    #: Folder for CIFAR, which holds or will hold its archive or its files; or the archive itself.
     data_dir: Path = Path("data")
-    #: The folder for the results; by default a new one in runs, named for what it holds.
+    #: Folder for the results; by default a new one in runs, named after the settings.
     output: Path | None = None
-    #: Go on with the run in the output folder, by default the last of its name; begin it if there
-    #: is none.
+    #: Resume the run in the output folder, by default the last run of these settings; start it if
+    #: there is none.
     resume: bool = False
-    #: Steps between two checkpoints within an epoch; there is one after each epoch, too.
+    #: Number of steps between checkpoints within an epoch; another is saved after each epoch.
     checkpoint_every: int = 1000
     #: Only evaluate the last and the best checkpoint of a run.
     eval_only: bool = False
-    #: Only say what this picture shows, by the best checkpoint of a run.
+    #: Only classify this picture, with the best checkpoint of a run.
     predict: Path | None = None
-    #: Decides the first weights, the order of the images and their augmentation.
+    #: Seed of the initial weights, the order of the images and their augmentation.
     seed: int = 0
 
-    #: A VGG, or the ResNet for CIFAR.
+    #: VGG, or the ResNet for CIFAR.
     network: Network = "vgg"
-    #: Layers of the ResNet: 20, 32, 44, 56, 110 and so on.
+    #: Depth of the ResNet: 20, 32, 44, 56, 110 and so on.
     depth: int = 20
-    #: After each convolution: batch-channel, batch, group or no normalization.
+    #: Normalization after each convolution: batch-channel, batch, group or none.
     norm: Norm = "bcn"
-    #: Whether to standardize the weights of the convolutions.
+    #: Standardize the weights of the convolutions.
     ws: bool = True
-    #: Whether bcn normalizes by running averages in training, as micro-batches need, or by the
-    #: batch.
+    #: With bcn, normalize by the running averages in training, as micro-batches need, rather than
+    #: by the batch.
     estimate: bool = True
-    #: Number of channel groups, of bcn and gn; by default 16 for digits, 32 for cifar10 and
+    #: Number of channel groups of bcn and gn; by default 16 for digits, 32 for cifar10 and
     #: cifar100, and 8 in a ResNet.
     groups: int | None = None
-    #: Weight of the old running average, of bcn and bn; by default 0.95 for digits at batch
-    #: size 32, 0.9 for cifar10 and cifar100 at 64, and fitted to other batch sizes: averages
+    #: Weight of the old running average of bcn and bn; by default 0.95 for digits at batch
+    #: size 32, 0.9 for cifar10 and cifar100 at 64, and adapted to other batch sizes: the average is
     #: over some 640 images.
     norm_momentum: float | None = None
-    #: Of the computation; parameters and running averages are float32 in any case.
+    #: Dtype of the computation; parameters and running averages are always float32.
     dtype: Dtype = "float32"
 
-    #: Images in a step of the optimizer, over all devices; by default 32 for digits, 64 for cifar10
-    #: and cifar100.
+    #: Number of images per optimizer step, over all devices; by default 32 for digits, 64 for
+    #: cifar10 and cifar100.
     batch_size: int | None = None
-    #: Images that pass the network together; by default the whole batch. Of smaller ones the
-    #: gradients are averaged, and the running averages move with each.
+    #: Number of images per forward and backward pass; by default the batch size. The gradients of
+    #: the micro-batches of a batch are averaged; each updates the running averages.
     micro_batch: int | None = None
-    #: How often to go through the training images; by default 15 for digits, 10 for cifar10 and
+    #: Number of passes over the training images; by default 15 for digits, 10 for cifar10 and
     #: cifar100.
     epochs: int | None = None
     #: Adam, or stochastic gradient descent with Nesterov momentum 0.9.
     optimizer: Optimizer = "adam"
-    #: Of the first step; by default, with Adam, 0.002 for digits at batch size 32, 0.00025 for
+    #: Initial learning rate; by default, with Adam, 0.002 for digits at batch size 32, 0.00025 for
     #: cifar10 and cifar100 at 64, and otherwise in proportion to the root of the batch size; with
     #: SGD, 0.05 at batch size 32, 0.1 at 64, and otherwise in proportion to the batch size.
     learning_rate: float | None = None
-    #: Keep the learning rate constant, let it fall to 0 along half a cosine, or divide it by 10
-    #: after a half and after three quarters of the steps; by default cosine for digits, constant
-    #: for cifar10 and cifar100.
+    #: Learning rate schedule: constant, falling to 0 along half a cosine, or divided by 10 after
+    #: a half and after three quarters of the steps; by default cosine for digits, constant for
+    #: cifar10 and cifar100.
     schedule: Schedule | None = None
-    #: Of kernels alone, not of norms and biases: decoupled with Adam (AdamW), L2 with SGD.
+    #: Weight decay of kernels, not of norms and biases: decoupled with Adam (AdamW), L2 with SGD.
     weight_decay: float = 0.0
-    #: The part of each label that goes to all classes alike.
+    #: Label smoothing: the part of each label that is spread equally over all classes.
     label_smoothing: float = 0.0
-    #: Scale gradients down to this norm where theirs is larger.
+    #: Largest norm of the gradient; longer ones are scaled down to it.
     clip_norm: float | None = None
 
-    #: Over how many to spread each micro-batch; by default all of them.
+    #: Number of devices per micro-batch; by default all of them.
     devices: int | None = None
-    #: Be one of several processes that train together, as Slurm, Open MPI, Kubernetes or a TPU pod
-    #: started them.
+    #: Join the other processes of a run started by Slurm, Open MPI, Kubernetes or on a TPU pod.
     distributed: bool = False
-    #: The same without these: host and port of the process 0, as in 10.0.0.1:1234, ...
+    #: To join without these: host and port of process 0, for example 10.0.0.1:1234.
     coordinator: str | None = None
-    #: ... how many processes there are, ...
+    #: With a coordinator: number of processes.
     num_processes: int | None = None
-    #: ... and which one this is, from 0 on.
+    #: With a coordinator: number of this process, from 0.
     process_id: int | None = None
-    #: Whether to write files for TensorBoard, too; needs the extra of that name.
+    #: Also write files for TensorBoard; needs the extra of that name.
     tensorboard: bool = False
 
 
-# What may change when a run goes on.
+# Settings that may change when a run is resumed.
 FREE = {
     *("data_dir", "output", "resume", "checkpoint_every", "eval_only", "predict", "tensorboard"),
     *("devices", "distributed", "coordinator", "num_processes", "process_id"),
@@ -110,26 +110,32 @@ FREE = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a data set asks for; what the command line says instead, wins."""
+    """The defaults of a data set; after `resolve`, the settings of a run."""
 
     blocks: tuple[tuple[int, ...], ...]  # features of the convolutions, block by block
-    shift: int  # pixels by which images are moved at random
+    shift: int  # largest random shift of an image, in pixels
     flip: bool  # whether images are mirrored at random
     groups: int
     batch_size: int
     micro_batch: int
     epochs: int
     schedule: Schedule
-    learning_rate: float  # Adam's, at this batch size
+    learning_rate: float  # of Adam, at this batch size
     norm_momentum: float  # at this micro-batch
 
     @property
     def micro_batches(self) -> int:
-        """In each batch."""
+        """The number of micro-batches in a batch."""
         return self.batch_size // self.micro_batch
 
     def steps(self, images: int) -> int:
-        """How many micro-batches there are in an epoch; the images too few for a batch are left."""
+        """The number of micro-batches in an epoch; images too few for a batch are left out.
+
+        Raises:
+            TrainingError: there are fewer images than a batch has.
+        """
+        rule = f"at most the number of training images, {images}"
+        _require(self.batch_size <= images, "batch_size", self.batch_size, rule)
         return images // self.batch_size * self.micro_batches
 
 
@@ -147,8 +153,8 @@ CIFAR = Recipe(
     norm_momentum=0.9,
 )
 RECIPES: dict[DatasetName, Recipe] = {
-    # Small enough for a CPU, and two blocks only: at 2x2 pixels XLA's convolutions are slow there.
-    # Mirrored, most digits are none.
+    # Small enough for a CPU, where XLA's convolutions of 2x2 pixels are slow: hence two blocks.
+    # Most digits do not stay digits when mirrored.
     "digits": Recipe(
         blocks=((32, 32), (64, 64)),
         shift=1,
@@ -159,70 +165,123 @@ RECIPES: dict[DatasetName, Recipe] = {
         epochs=15,
         schedule="cosine",
         learning_rate=2e-3,
-        norm_momentum=0.95,  # 20 batches or 640 images back, as far as 0.9 looks with 64
+        norm_momentum=0.95,  # an average over 20 batches or 640 images, as of 0.9 at 64
     ),
     "cifar10": CIFAR,
     "cifar100": CIFAR,
 }
-RESNET_GROUPS = 8  # of two channels in its first stage
+RESNET_GROUPS = 8  # of two channels each in the first stage
 
 
 def resolve(config: Config) -> Recipe:
-    """The recipe of the data set, fitted to the batch size and overruled by the command line.
+    """The recipe of the data set, adapted to the batch size and overridden by the command line.
 
     Raises:
-        TrainingError: a value is out of its range.
+        TrainingError: a value is out of range.
     """
-    checks.known("dataset", config.dataset, get_args(DatasetName))
-    checks.known("network", config.network, get_args(Network))
-    checks.known("norm", config.norm, get_args(Norm))
-    checks.known("optimizer", config.optimizer, get_args(Optimizer))
-    checks.known("dtype", config.dtype, get_args(Dtype))
-    checks.seed(config.seed)
-    checks.at_least_one("checkpoint_every", config.checkpoint_every)
-    checks.fraction("label_smoothing", config.label_smoothing)
-    checks.not_negative("weight_decay", config.weight_decay)
-    if config.clip_norm is not None:
-        checks.positive("clip_norm", config.clip_norm)
+    _require_choices(config)
+    _require(0 <= config.seed < 2**32, "seed", config.seed, f"from 0 to {2**32 - 1}")
+    _require_count("checkpoint_every", config.checkpoint_every)
+    smoothing, decay, clip_norm = config.label_smoothing, config.weight_decay, config.clip_norm
+    _require(0 <= smoothing < 1, "label_smoothing", smoothing, "at least 0 and less than 1")
+    _require(0 <= decay < math.inf, "weight_decay", decay, "at least 0 and finite")
+    _require_positive("clip_norm", 1.0 if clip_norm is None else clip_norm)
     recipe = RECIPES[config.dataset]
     if config.network == "resnet":
-        checks.depth(config.depth)
+        depth, published = config.depth, "Published are 20, 32, 44, 56 and 110."
+        rule = "6 n + 2 for a whole n from 1 on"
+        _require(depth >= 8 and depth % 6 == 2, "depth", depth, rule, published)
         recipe = dataclasses.replace(recipe, groups=RESNET_GROUPS, blocks=(WIDTHS,))
-    batch_size = recipe.batch_size if config.batch_size is None else config.batch_size
-    micro_batch = batch_size if config.micro_batch is None else config.micro_batch
-    checks.at_least_one("batch_size", batch_size)
-    checks.at_least_one("micro_batch", micro_batch)
-    checks.micro_batch(micro_batch, batch_size)
-
-    ratio = batch_size / recipe.batch_size
-    fitted = dataclasses.replace(
-        recipe,
-        micro_batch=micro_batch,
-        # Keep what an epoch does as batches shrink and steps multiply. SGD's steps add up to the
-        # same sum if each is in proportion to its batch. Adam's have the same length however
-        # noisy the gradient; n of them in random directions go sqrt(n) times as far as one.
-        learning_rate={
-            "adam": recipe.learning_rate * ratio**0.5,
-            "sgd": 0.05 / 32 * batch_size,
-        }[config.optimizer],
-        # The running averages forget an image after the same number of later images.
-        norm_momentum=recipe.norm_momentum ** (micro_batch / recipe.micro_batch),
+    recipe = _override(_adapt(recipe, config), config)
+    _require_count("epochs", recipe.epochs)
+    _require_positive("learning_rate", recipe.learning_rate)
+    _require(
+        0 <= recipe.norm_momentum < 1,
+        "norm_momentum",
+        recipe.norm_momentum,
+        "at least 0 and less than 1",
+        "It is the weight of the old running average: a PyTorch momentum m is 1 - m here.",
     )
-    names = {field.name for field in dataclasses.fields(Recipe)} & vars(config).keys()
-    said = {name: value for name in names if (value := getattr(config, name)) is not None}
-    recipe = dataclasses.replace(fitted, **said)
-
-    checks.at_least_one("epochs", recipe.epochs)
-    checks.known("schedule", recipe.schedule, get_args(Schedule))
-    checks.positive("learning_rate", recipe.learning_rate)
-    checks.norm_momentum(recipe.norm_momentum)
     if config.norm in ("bcn", "gn"):
-        checks.groups(recipe.groups, recipe.blocks)
+        _require_groups(recipe.groups, recipe.blocks)
     return recipe
 
 
+def _adapt(recipe: Recipe, config: Config) -> Recipe:
+    """Keep what an epoch does as batches shrink and steps multiply."""
+    batch_size = recipe.batch_size if config.batch_size is None else config.batch_size
+    micro_batch = batch_size if config.micro_batch is None else config.micro_batch
+    _require_count("batch_size", batch_size)
+    _require_count("micro_batch", micro_batch)
+    divides = batch_size % micro_batch == 0
+    _require(divides, "micro_batch", micro_batch, f"a divisor of batch_size={batch_size}")
+    # The steps of SGD add up to the same sum if each is in proportion to its batch. Those of Adam
+    # have the same length however noisy the gradient; n of them in random directions go sqrt(n)
+    # times as far as one.
+    ratio = batch_size / recipe.batch_size
+    adam, sgd = recipe.learning_rate * ratio**0.5, 0.05 / 32 * batch_size
+    return dataclasses.replace(
+        recipe,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        learning_rate=adam if config.optimizer == "adam" else sgd,
+        # An image fades from the running averages after the same number of later images.
+        norm_momentum=recipe.norm_momentum ** (micro_batch / recipe.micro_batch),
+    )
+
+
+def _override(recipe: Recipe, config: Config) -> Recipe:
+    names = {field.name for field in dataclasses.fields(Recipe)} & vars(config).keys()
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    return dataclasses.replace(recipe, **given)
+
+
+def _require(holds: bool, name: str, value: object, rule: str, advice: str = "") -> None:
+    if not holds:
+        raise TrainingError(f"{name} must be {rule}, but {name}={value!r}. {advice}".rstrip())
+
+
+CHOICES = {
+    "dataset": DatasetName,
+    "network": Network,
+    "norm": Norm,
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "dtype": Dtype,
+}
+
+
+def _require_choices(config: Config) -> None:
+    for name, kind in CHOICES.items():
+        value, choices = getattr(config, name), get_args(kind)
+        _require(value is None or value in choices, name, value, f"one of {', '.join(choices)}")
+
+
+def _require_count(name: str, value: int) -> None:
+    holds = isinstance(value, int) and value >= 1
+    _require(holds, name, value, "a whole number and at least 1", "Omit it for the default.")
+
+
+def _require_positive(name: str, value: float) -> None:
+    holds = 0 < value < math.inf
+    _require(holds, name, value, "positive and finite", "Omit it for the default.")
+
+
+def _require_groups(groups: int, blocks: Sequence[Sequence[int]]) -> None:
+    _require_count("groups", groups)
+    channels = sorted({features for block in blocks for features in block})
+    common = math.gcd(*channels)
+    _require(
+        common % groups == 0,
+        "groups",
+        groups,
+        f"a divisor of the channels of every layer, which are {', '.join(map(str, channels))}",
+        f"Use one of {', '.join(str(n) for n in range(1, common + 1) if common % n == 0)}.",
+    )
+
+
 def default_folder(config: Config, recipe: Recipe) -> Path:
-    """Where to, if nobody says: the name has the choices that matter most."""
+    """The default output folder, named after the settings that matter most."""
     network = "" if config.network == "vgg" else f"-{config.network}{config.depth}"
     layers = config.norm + "-ws" * config.ws
     batch = f"batch{recipe.batch_size}"
@@ -231,7 +290,7 @@ def default_folder(config: Config, recipe: Recipe) -> Path:
     return Path("runs") / f"{config.dataset}{network}-{layers}-{batch}-seed{config.seed}"
 
 
-def as_decided(config: Config, written: Mapping[str, Any]) -> Config:
-    """A configuration with all that decided a run taken from what is written of it."""
-    decided = {name: written[name] for name in vars(config).keys() & written.keys() - FREE}
-    return dataclasses.replace(config, **decided)
+def with_settings_of(config: Config, run: Mapping[str, Any]) -> Config:
+    """The configuration with the settings of an earlier run, but those in `FREE`."""
+    settings = {name: run[name] for name in vars(config).keys() & run.keys() - FREE}
+    return dataclasses.replace(config, **settings)

@@ -1,11 +1,12 @@
-"""Data sets of labelled images, as they lie on the device, and their augmentation.
+"""Data sets of labelled images, as they are stored on the device, and their augmentation.
 
 Images are bytes, `(n, height, width, channels)`, 0 for black and 255 for white: a quarter of the
-memory of floats. `to_float` makes the network's input of a batch of them.
+memory of floats. `to_float` turns a batch of them into the input of the network.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,25 +15,26 @@ import sklearn.datasets
 import sklearn.model_selection
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
+from PIL import Image
 
-from training import checks, cifar
-from training.cifar import Source
+from training import TrainingError, cifar
 
 Images = UInt8[Array | np.ndarray, "n h w c"]
 Labels = Int[Array | np.ndarray, " n"]
 
 DatasetName = Literal["digits", "cifar10", "cifar100"]
+CIFAR = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
 
 
 class Split(NamedTuple):
-    """Images and the number of the class of each."""
+    """Images and the class of each, as a number."""
 
     images: Images
     labels: Labels
 
 
 class Dataset(NamedTuple):
-    """What is trained on, what is held out, and the names of the classes, by number."""
+    """Training images, held-out images, and the names of the classes."""
 
     train: Split
     test: Split
@@ -40,25 +42,25 @@ class Dataset(NamedTuple):
 
 
 def load(name: DatasetName, data_dir: Path) -> Dataset:
-    """The data set of that name.
+    """Load a data set by its name.
 
     Args:
-        name: which one.
-        data_dir: where CIFAR is, or is downloaded to; see `from_cifar`. The digits need none.
+        name: of the data set.
+        data_dir: where CIFAR is, or is downloaded to; see `cifar.load`. The digits need none.
 
     Raises:
-        TrainingError: there is no data set of that name, or it is damaged or not to be had.
+        TrainingError: files are damaged or cannot be downloaded.
     """
-    checks.known("dataset", name, get_args(DatasetName))
     if name == "digits":
         return digits()
-    return from_cifar(cifar.CIFAR10 if name == "cifar10" else cifar.CIFAR100, data_dir)
+    train, test, classes = cifar.load(CIFAR[name], data_dir)
+    return Dataset(Split(*train), Split(*test), classes)
 
 
 def digits() -> Dataset:
     """1,797 handwritten digits of 8x8 pixels in 10 classes, 360 of them held out.
 
-    They come with scikit-learn. The split is fixed, and holds out the same share of every class.
+    They come with scikit-learn. The split is fixed and stratified by class.
 
     Source: `sklearn.datasets.load_digits`, the test set of the UCI "Optical Recognition of
     Handwritten Digits".
@@ -66,7 +68,7 @@ def digits() -> Dataset:
     source = sklearn.datasets.load_digits()
     images = np.round(source.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = source.target.astype(np.int32)
-    # random_state takes NumPy's legacy generator, whose numbers stay the same for ever.
+    # random_state selects NumPy's legacy generator, whose numbers never change.
     train_images, test_images, train_labels, test_labels = sklearn.model_selection.train_test_split(
         images, labels, test_size=360, random_state=0, stratify=labels
     )
@@ -77,28 +79,27 @@ def digits() -> Dataset:
     )
 
 
-def from_cifar(source: Source, data_dir: Path) -> Dataset:
-    """50,000 photographs of 32x32 pixels in 10 or 100 classes, and 10,000 held out.
-
-    Args:
-        source: `cifar.CIFAR10`, or `cifar.CIFAR100` with its fine labels.
-        data_dir: the archive, the unpacked folder, or a folder that holds one of them; a folder
-            that holds neither, or does not exist, is where the archive is downloaded to.
+def read_picture(path: Path, shape: Sequence[int]) -> UInt8[np.ndarray, "h w c"]:
+    """Read a picture in any format that Pillow knows, scaled to `(height, width, channels)`.
 
     Raises:
-        TrainingError: files are missing, unreadable, cut off or damaged, of another version, or
-            cannot be downloaded.
+        TrainingError: the file is absent, unreadable, or not a picture.
     """
-    files = cifar.read(source, data_dir)
-    return Dataset(
-        Split(*cifar.images_and_labels(source, files, source.train)),
-        Split(*cifar.images_and_labels(source, files, source.test)),
-        cifar.class_names(source, files),
-    )
+    height, width, channels = shape
+    try:
+        with Image.open(path) as image:
+            converted = image.convert({1: "L", 3: "RGB"}[channels])
+            scaled = converted.resize((width, height), Image.Resampling.LANCZOS)
+    except OSError as error:
+        raise TrainingError(
+            f"Cannot read {path} as a picture: {error.strerror or error}. Pass a file that Pillow "
+            "can read, such as a PNG."
+        ) from error
+    return np.asarray(scaled, np.uint8).reshape(height, width, channels)
 
 
 def pad(split: Split, multiple: int) -> Split:
-    """Fill up to a multiple with black images of class -1, which nothing counts."""
+    """Pad to a multiple with black images of class -1, which are not counted."""
     missing = -len(split.labels) % multiple
     return Split(
         np.pad(split.images, [(0, missing), (0, 0), (0, 0), (0, 0)]),
@@ -107,12 +108,12 @@ def pad(split: Split, multiple: int) -> Split:
 
 
 def to_float(images: Images) -> Float[Array, "n h w c"]:
-    """Bytes as numbers from -1 to 1: a mean of 0.5 and a deviation of 0.5 taken off [0, 1]."""
+    """Map bytes to [-1, 1]: values in [0, 1], normalized by mean 0.5 and deviation 0.5."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
 def random_shift(key: Key[Array, ""], images: Images, pixels: int) -> UInt8[Array, "n h w c"]:
-    """Move each image up to `pixels` along either axis: a random crop of the padded image."""
+    """Shift each image by up to `pixels` along each axis: a random crop of the padded image."""
     n, *shape = images.shape
     margin = (pixels, pixels)
     padded = jnp.pad(images, [(0, 0), margin, margin, (0, 0)])
@@ -123,6 +124,6 @@ def random_shift(key: Key[Array, ""], images: Images, pixels: int) -> UInt8[Arra
 
 
 def random_flip(key: Key[Array, ""], images: Images) -> UInt8[Array, "n h w c"]:
-    """Exchange left and right in each image with probability 1/2."""
+    """Mirror each image left to right with probability 1/2."""
     heads = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
     return jnp.where(heads, images[:, :, ::-1], images)

@@ -1,69 +1,113 @@
-"""Data parallelism: every device takes an equal part of each batch, and all hold the same state.
+"""Data parallelism: each device takes an equal part of each batch, and all hold the same state.
 
-The batch norms see whole batches: where a batch is spread over devices, JAX sums over all of them.
+Batch norms see whole batches: JAX sums their statistics over the devices that share a batch.
 """
 
 import resource
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
-from training import checks
+from training import TrainingError
 
-
-def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the other processes of a run.
-
-    What is None JAX finds out by itself under Slurm, Open MPI and Kubernetes and on TPU pods.
-
-    Raises:
-        TrainingError: the others cannot be found or reached.
-    """
-    with checks.connecting(coordinator):
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-
-
-def wait_for_all() -> None:
-    """Wait until the other processes are here, too."""
-    multihost_utils.sync_global_devices("here")
-
-
-def peak_memory() -> str:
-    """The most memory in use so far: that of the device, or of the process if it computes there."""
-    if statistics := jax.local_devices()[0].memory_stats():
-        return f"{statistics['peak_bytes_in_use'] / 2**20:,.0f} MiB of device memory"
-    unit = 1 if sys.platform == "darwin" else 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"{peak / 2**20:,.0f} MiB of memory"
+T = TypeVar("T")
 
 
 class Placement:
     """Where arrays lie."""
 
-    def __init__(self, count: int | None = None) -> None:
-        """Use so many devices, by default all there are, over all processes.
+    def __init__(self, devices: int | None, micro_batch: int) -> None:
+        """Use so many devices, by default all of them, over all processes.
 
         Raises:
-            TrainingError: there are fewer.
+            TrainingError: there are fewer devices, or a micro-batch cannot be shared equally.
         """
-        devices = jax.devices()
-        self.count = len(devices) if count is None else count
-        checks.devices(self.count, len(devices))
-        self._mesh = jax.make_mesh(
-            (self.count,), ("data",), (AxisType.Auto,), devices=devices[: self.count]
-        )
-        self.replicated = NamedSharding(self._mesh, PartitionSpec())
-        self._split = NamedSharding(self._mesh, PartitionSpec("data"))
+        available = jax.devices()
+        count = len(available) if devices is None else devices
+        if not 1 <= count <= len(available):
+            raise TrainingError(
+                f"devices must be from 1 to {len(available)}, the number that JAX sees, but "
+                f"devices={count}."
+            )
+        if micro_batch % count:
+            raise TrainingError(
+                f"Micro-batches must be a multiple of the devices, but they have {micro_batch} "
+                f"images and there are {count} devices. Use fewer with --devices, or change "
+                "--batch-size or --micro-batch."
+            )
+        self.count = count
+        mesh = jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=available[:count])
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec("data"))
 
     def replicate(self, tree: Any) -> Any:
-        """A copy on each device."""
+        """Put a copy on each device."""
         return jax.device_put(tree, self.replicated)
 
     def split(self, batch: Shaped[Array, "n ..."]) -> Shaped[Array, "n ..."]:
-        """Under `jit`, lay equal parts of a batch on the devices."""
+        """Under `jit`, put an equal part of a batch on each device."""
         return lax.with_sharding_constraint(batch, self._split)
+
+
+def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Join the other processes of a run.
+
+    JAX finds out what is None under Slurm, Open MPI and Kubernetes and on TPU pods.
+
+    Raises:
+        TrainingError: the other processes cannot be found or reached.
+    """
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (ValueError, RuntimeError) as error:
+        source = coordinator or "the variables of Slurm, Open MPI, Kubernetes or a TPU pod"
+        raise TrainingError(
+            f"Cannot join the other processes by {source}: {error} Pass --coordinator HOST:PORT, "
+            "--num-processes and --process-id to each process, or omit --distributed to train in "
+            "one process."
+        ) from error
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come this far."""
+    multihost_utils.sync_global_devices("training")
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether every process passes True. Each waits for the others."""
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(yes))))
+
+
+def on_first(action: Callable[[], T]) -> T | None:
+    """Act in the first process and return the result; the others wait for it and return None.
+
+    Raises:
+        TrainingError: the action raised it, or failed in the first process.
+        OSError: the action raised it.
+    """
+    result, failure = None, None
+    if jax.process_index() == 0:
+        try:
+            result = action()
+        except (TrainingError, OSError) as error:
+            failure = error
+    # If the first process fails, all must, or they would wait for it forever.
+    if not all_agree(failure is None):
+        raise failure or TrainingError("The first process of this run failed: see its message.")
+    return result
+
+
+def peak_memory() -> str:
+    """The most memory in use so far: of the device, or of the process if that is the device."""
+    if statistics := jax.local_devices()[0].memory_stats():
+        return f"{statistics['peak_bytes_in_use'] / 2**20:,.0f} MiB of device memory"
+    unit = 1 if sys.platform == "darwin" else 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"{peak / 2**20:,.0f} MiB of memory"

@@ -1,18 +1,21 @@
-"""A progress bar where there is a terminal to draw it on, and plain lines where there is none."""
+"""Progress on a terminal or in a log, and the signals that stop a run."""
 
+import signal
 import sys
 import time
-from types import TracebackType
+from pathlib import Path
+from types import FrameType
 from typing import Any, Self
 
+import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class ProgressBar:
-    """Shows how far training is, with the loss, the accuracy and the speed.
+    """Shows how far training has come, with the loss, the accuracy and the speed.
 
-    The bar leaves nothing behind. Without a terminal there is a line now and then instead, within
-    epochs only: at their end, others print more.
+    The bar disappears at the end. Without a terminal, a line is printed now and then instead, only
+    within epochs: the caller prints a line at their end.
     """
 
     def __init__(
@@ -25,16 +28,16 @@ class ProgressBar:
         interval: float = 0.5,
         line_interval: float = 60,
     ) -> None:
-        """Prepare it.
+        """Prepare the bar.
 
         Args:
-            steps: how many there are in an epoch.
-            epochs: how many there will be.
+            steps: number of steps in an epoch.
+            epochs: number of epochs.
             batch_size: images in a step.
-            done: how many steps there have been, of a run that goes on.
-            interval: between two looks, in seconds. A look waits for the device, and a device that
-                is waited for at every step idles in between.
-            line_interval: between two lines where there is no terminal, in seconds.
+            done: number of steps already taken, in a resumed run.
+            interval: seconds between two updates. Each waits for the device, and a device that is
+                waited for at every step idles in between.
+            line_interval: seconds between two lines, without a terminal.
         """
         self._bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -58,25 +61,20 @@ class ProgressBar:
         self._last = self._last_line = time.perf_counter()
 
     def __enter__(self) -> Self:
-        """Show it."""
+        """Show the bar."""
         self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Take it away."""
+    def __exit__(self, *_: object) -> None:
+        """Remove the bar."""
         self._bar.stop()
 
     def is_due(self) -> bool:
-        """Whether the last look is long enough ago."""
+        """Whether it is time for the next update."""
         return time.perf_counter() - self._last > self._interval
 
     def show(self, step: int, loss: float, accuracy: float) -> None:
-        """Show the state of things after so many steps, counted from the first epoch on."""
+        """Show the loss and the accuracy so far in this epoch, after so many steps in all."""
         now = time.perf_counter()
         speed = (step - self._done) * self._batch_size / max(now - self._last, 1e-9)
         self._last, self._done = now, step
@@ -98,3 +96,48 @@ class ProgressBar:
                 f"loss {loss:.4g}, accuracy {accuracy:.2%}, {speed:,.0f} images/s",
                 flush=True,
             )
+
+
+NOTED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):  # not an error, like KeyboardInterrupt
+    """The run has saved its state and ended because of a signal."""
+
+    def __init__(self, number: signal.Signals, epoch: int, folder: Path) -> None:
+        """Say which signal, in which epoch, and how to resume."""
+        super().__init__(
+            f"stopped by {number.name} in epoch {epoch}. Nothing is lost: resume with the same "
+            f"arguments and --resume --output {folder}"
+        )
+        self.number = number
+
+
+class Signals:
+    """Within its context, the first Ctrl-C or SIGTERM is only noted; a second one takes effect.
+
+    With several processes none is noted, since all would have to save together.
+    """
+
+    def __init__(self) -> None:
+        """Nothing noted yet."""
+        self.noted: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Replace the handlers."""
+        if jax.process_count() == 1:
+            self._handlers = {number: signal.signal(number, self._note) for number in NOTED}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the handlers."""
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.noted = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)

@@ -1,23 +1,29 @@
-"""The output folder of a training run: what decided it, what it found out, and its curves."""
+"""The output folder of a run: its settings, its metrics and its curves."""
 
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import count, takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from training import checks
-from training.plots import save_curves
+from training import TrainingError
 
 _CONFIG = "config.json"
 _FILES = (_CONFIG, "metrics.jsonl", "curves.png", "checkpoints")
 _SECONDS_BETWEEN_DRAWINGS = 30  # each takes a quarter of a second, as long as an epoch of digits
+
+HEADER = "epoch       loss  accuracy    held-out loss  accuracy    images/s"
+_ROW = (
+    "{epoch:>5}  {train_loss:>9.4g}  {train_accuracy:>8.2%}  "
+    "{test_loss:>15.4g}  {test_accuracy:>8.2%}  {images_per_second:>10,.0f}"
+)
 
 Row = dict[str, float]
 
@@ -26,83 +32,127 @@ def new_folder(output: Path | None, default: Path) -> Path:
     """Make the folder for the results of a run.
 
     Args:
-        output: a folder that holds no results yet, or None for a new one: `default`, or the first
-            of `default-2`, `default-3`, ... that does not exist.
-        default: where to, if nobody says.
+        output: a folder without results, or None for a new one: `default`, or the first of
+            `default-2`, `default-3`, ... that does not exist.
+        default: see `output`.
 
     Raises:
         TrainingError: `output` holds results already, is a file or the current folder, or the
             folder cannot be made.
     """
-    with checks.writing(output or default):
+    with _writing(output or default):
         if output is None:
             return _numbered_folder(default)
-        checks.output_is_folder(output)
-        checks.no_results(output, [name for name in _FILES if (output / name).exists()])
+        _require_folder(output)
+        if found := [name for name in _FILES if (output / name).exists()]:
+            raise TrainingError(
+                f"The output folder must not hold results already, but {output} holds "
+                f"{', '.join(found)}. Choose another folder, move that one away, or omit --output: "
+                "then a new folder is made."
+            )
         output.mkdir(parents=True, exist_ok=True)
         return output
 
 
-def last_folder(output: Path | None, default: Path) -> Path | None:
-    """The folder of a run that has begun: `output`, or the newest that `new_folder` made."""
-    if output is not None:
-        checks.output_is_folder(output)
-        return output if (output / _CONFIG).exists() else None
-    made = list(takewhile(Path.exists, _numbered(default)))
-    return made[-1] if made and (made[-1] / _CONFIG).exists() else None
+def make_folder(
+    output: Path | None,
+    default: Path,
+    settings: Mapping[str, Any],
+    free: Collection[str],
+    resume: bool,
+) -> Path:
+    """The folder of the run to resume; without `resume` or such a run, a new one.
+
+    Args:
+        output: see `new_folder`.
+        default: see `new_folder`.
+        settings: of the run, as `as_json` returns them.
+        free: names of the settings that may have changed.
+        resume: whether to resume the run in `output`, by default the last in a default folder.
+
+    Raises:
+        TrainingError: other settings have changed, or see `new_folder` and `read_config`.
+    """
+    folder = _last_folder(output, default) if resume else None
+    if folder is None:
+        return new_folder(output, default)
+    old = read_config(folder)
+    changed = [
+        f"{name} was {old.get(name)} and is {settings.get(name)}"
+        for name in sorted((old.keys() | settings.keys()) - set(free))
+        if old.get(name) != settings.get(name)
+    ]
+    if changed:
+        raise TrainingError(
+            f"A run must be resumed with its own settings, but of the run in {folder} "
+            f"{'; '.join(changed)}. Use the same settings, or start a new run with another "
+            "--output."
+        )
+    return folder
+
+
+def find_run(output: Path | None, default: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of an earlier run, by default the last in a default folder, and its settings.
+
+    Raises:
+        TrainingError: there is no run, or its settings cannot be read.
+    """
+    folder = _last_folder(output, default)
+    if folder is None:
+        where = "in runs with these settings" if output is None else f"in {output}"
+        raise TrainingError(
+            f"There must be a run with a checkpoint, but there is none {where}. Pass its folder as "
+            "--output, or train first."
+        )
+    return folder, read_config(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What decided the run in a folder.
+    """The settings of the run in a folder.
 
     Raises:
-        TrainingError: there is none, or it cannot be read.
+        TrainingError: the file is absent or cannot be read.
     """
     path = folder / _CONFIG
-    with checks.reading_config(path):
+    try:
         return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"Cannot read {path}, which holds the settings of the run: {error}. Restore it, or "
+            "start a new run with another --output."
+        ) from error
 
 
-def as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as it comes back from its file."""
-    return dict(json.loads(json.dumps(dict(config), default=str)))
-
-
-def _numbered(default: Path) -> Iterator[Path]:
-    for number in count(1):
-        yield default if number == 1 else default.with_name(f"{default.name}-{number}")
-
-
-def _numbered_folder(default: Path) -> Path:
-    default.parent.mkdir(parents=True, exist_ok=True)
-    for folder in _numbered(default):
-        try:
-            folder.mkdir()
-        except FileExistsError:  # also where another run was a moment faster
-            continue
-        return folder
-    raise AssertionError("there is always another number")
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from their file."""
+    return dict(json.loads(json.dumps(dict(settings), default=str)))
 
 
 class Results:
-    """Writes what a run finds out as it goes, so that a run cut short loses nothing.
+    """Writes settings and metrics as training goes, so that a run cut short loses nothing.
 
-    Of several processes the first one writes.
+    With several processes, only the first one writes.
     """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], history: Sequence[Row], *, tensorboard: bool
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        history: Sequence[Row],
+        *,
+        tensorboard: bool,
     ) -> None:
-        """Write down all that decides the run.
+        """Write the settings, and the metrics so far.
 
         Args:
-            folder: which exists.
-            config: goes to `config.json`.
-            history: the epochs so far, of a run that goes on; others in `metrics.jsonl` are undone.
-            tensorboard: whether to write its files too.
+            folder: an existing one.
+            settings: of the run; written to `config.json`.
+            history: metrics of the epochs before a resumed run; others in `metrics.jsonl` are
+                removed.
+            tensorboard: whether to write files for TensorBoard too.
 
         Raises:
-            TrainingError: the folder cannot be written to, or TensorBoard's writer is not there.
+            TrainingError: the folder cannot be written to, or tensorboardX is not installed.
         """
         self.folder = folder
         self.history: list[Row] = list(history)
@@ -112,40 +162,33 @@ class Results:
         self._board: Any = None
         if not self._writes:
             return
-        with checks.writing(folder):
-            _replace(folder / _CONFIG, json.dumps(as_json(config), indent=2) + "\n")
+        with _writing(folder):
+            _replace(folder / _CONFIG, json.dumps(as_json(settings), indent=2) + "\n")
             _replace(folder / "metrics.jsonl", "".join(map(_line, self.history)))
         if tensorboard:
-            with checks.importing_tensorboard():
-                from tensorboardX import SummaryWriter
-            writer = SummaryWriter(str(folder), purge_step=len(self.history) + 1)
-            self._board = self._open.enter_context(writer)
+            self._board = self._open.enter_context(_tensorboard(folder, len(history) + 1))
 
     def __enter__(self) -> Self:
-        """Nothing yet."""
+        """Start."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Draw the curves of what there is, also if training failed or was interrupted."""
+    def __exit__(self, *_: object) -> None:
+        """Draw the curves, even if training failed or was interrupted."""
         self._open.close()
         if self.history and self._writes:
             self._draw()
 
     def add(self, row: Row) -> None:
-        """Add a line to the metrics; from time to time, draw the curves anew.
+        """Print and write the metrics of an epoch; from time to time, draw the curves.
 
         Raises:
             TrainingError: the folder cannot be written to.
         """
+        print(_ROW.format(**row), flush=True)
         self.history.append(row)
         if not self._writes:
             return
-        with checks.writing(self.folder), (self.folder / "metrics.jsonl").open("a") as file:
+        with _writing(self.folder), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(_line(row))
         if self._board is not None:
             for name, value in row.items():
@@ -154,9 +197,88 @@ class Results:
             self._draw()
 
     def _draw(self) -> None:
-        with checks.writing(self.folder):
-            save_curves(self.folder / "curves.png", self.history, self.folder.name)
+        with _writing(self.folder):
+            _save_curves(self.folder / "curves.png", self.history, self.folder.name)
         self._drawn = time.monotonic()
+
+
+def _save_curves(path: Path, history: Sequence[Row], title: str) -> None:
+    # The object interface: no window, no global state.
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    panels = (("loss", "cross-entropy loss", 1), ("accuracy", "accuracy (%)", 100))
+    for axes, (name, label, factor) in zip(figure.subplots(1, 2), panels, strict=True):
+        for split, legend in (("train", "training"), ("test", "held out")):
+            values = [factor * row[f"{split}_{name}"] for row in history]
+            axes.plot(epochs, values, marker=".", label=legend)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def _tensorboard(folder: Path, first_epoch: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise TrainingError(
+            "Files for TensorBoard need tensorboardX, which is not installed: pip install -e "
+            '".[tensorboard]", or omit --tensorboard.'
+        ) from error
+    return SummaryWriter(str(folder), purge_step=first_epoch)
+
+
+def _last_folder(output: Path | None, default: Path) -> Path | None:
+    if output is not None:
+        _require_folder(output)
+        return output if (output / _CONFIG).exists() else None
+    made = list(takewhile(Path.exists, _numbered(default)))
+    return made[-1] if made and (made[-1] / _CONFIG).exists() else None
+
+
+def _numbered(default: Path) -> Iterator[Path]:
+    """`default`, `default-2`, `default-3`, ..."""
+    if jax.process_count() > 1:
+        raise TrainingError(
+            "Several processes must all write to one folder that all can reach, but none was "
+            "given. Pass the same --output FOLDER to all."
+        )
+    yield default
+    for number in count(2):
+        yield default.with_name(f"{default.name}-{number}")
+
+
+def _numbered_folder(default: Path) -> Path:
+    default.parent.mkdir(parents=True, exist_ok=True)
+    for folder in _numbered(default):
+        try:
+            folder.mkdir()
+        except FileExistsError:  # perhaps another run was faster
+            continue
+        return folder
+    raise AssertionError("there is always another number")
+
+
+def _require_folder(path: Path) -> None:
+    if path == Path():
+        raise TrainingError(
+            "The output must be a folder of its own, but it is the current folder or has an empty "
+            "name. Choose another --output, or omit it: then a new folder is made."
+        )
+    if path.exists() and not path.is_dir():
+        raise TrainingError(f"The output must be a folder, but {path} is a file. Choose another.")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"Cannot write to {folder}: {error.strerror or error}. Choose another --output."
+        ) from error
 
 
 def _line(row: Row) -> str:
