@@ -140,7 +140,7 @@ COMPLAINT = (
     "(10, 8)\n"
     "  missing: layers.1.channel_norm.scale or layers.1.channel_norm.weight, for Flax's "
     "params/layers_1/channel_norm/scale (4,)\n"
-    "  unexpected: layers.7.weight (3,), which has no counterpart in Flax\n"
+    "  unexpected: layers.7.weight (3,), without a counterpart in Flax\n"
     "Build both models with the same configuration, or pass `names` to say where in Flax a module "
     "of PyTorch is."
 )

@@ -143,7 +143,7 @@ def test_a_value_too_large_for_its_new_type_is_refused_and_infinity_is_not():
     ("state_dict", "like", "complaint"),
     [
         ({}, DENSE, r"missing: .*; weight, for Flax's params/kernel \(3, 2\)"),
-        (WEIGHTS, {}, r"unexpected: weight \(2, 3\), bias \(2,\), which have no counterpart in "),
+        (WEIGHTS, {}, r"unexpected: weight \(2, 3\), bias \(2,\), without a counterpart in "),
         (
             {"params": DENSE["params"]},
             DENSE,
@@ -187,7 +187,7 @@ def weights_at(*modules):
             ["a"],
             {"b": LEAVES},
             {"a": "c"},
-            "unexpected: a.weight (2, 3), a.bias (2,), which have no ",
+            "unexpected: a.weight (2, 3), a.bias (2,), without a counterpart in Flax at c, where",
         ),
         (["a"], {"b": LEAVES}, {"a": "c"}, "counterpart in Flax at c, where `names` puts it"),
         (["a"], {"a": LEAVES}, {"x": "a"}, "names: 'x' is no module of the state_dict"),
@@ -254,7 +254,7 @@ def test_only_modules_of_the_same_leaves_and_shapes_are_proposed():
         interop.match(weights_at("a", "b"), {"params": {"c": other, "d": LEAVES}})
     message = str(caught.value)
     assert message.endswith('names={\n    "a": "d",\n}')
-    assert "unexpected: b.weight (2, 3), b.bias (2,), which have no counterpart" in message
+    assert "unexpected: b.weight (2, 3), b.bias (2,), without a counterpart" in message
     assert "for Flax's params/c/bias (3,); c.weight, for Flax's params/c/kernel (3, 3)" in message
     assert "params/d" not in message
 

@@ -162,6 +162,15 @@ RULES: Rules = MappingProxyType(
 )
 
 
+# PyTorch's buffers that Flax does without, and why nothing is lost.
+SKIPPED: Mapping[str, Callable[[Any], str]] = MappingProxyType(
+    {
+        "num_batches_tracked": lambda _: "Flax counts no batches",
+        "estbn_moving_speed": lambda x: _moving_speed(to_numpy(x).item()),
+    }
+)
+
+
 def rule_for(rules: Rules, path: Path) -> Rule:
     """The rule for a leaf of Flax's variables."""
     return rules.get((path[0], path[-1]), Rule((path[-1],), same_order))
@@ -253,6 +262,10 @@ def memory(x: Any) -> Hashable | None:
 def path_name(path: Path) -> str:
     """A path of Flax as it is printed."""
     return "/".join(path)
+
+
+def _moving_speed(rate: float) -> str:
+    return f"it is {rate:g}, which in Flax's batch norm is momentum={1 - rate:g}"
 
 
 def _squeezed(shape: Shape) -> Shape:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 from flax.traverse_util import unflatten_dict
@@ -11,10 +11,9 @@ from bcn_flax.interop import layers, layouts, naming
 from bcn_flax.interop.layers import Flattened, Pair, Transposed
 from bcn_flax.interop.layouts import (
     RULES,
+    SKIPPED,
     LayerFacts,
-    Layout,
     Path,
-    Rule,
     Rules,
     Shape,
     may_be_transposed,
@@ -22,7 +21,7 @@ from bcn_flax.interop.layouts import (
     rule_for,
     shape,
 )
-from bcn_flax.interop.naming import SKIPPED, Names, Renames, module_and_leaf
+from bcn_flax.interop.naming import Names, Renames, module_and_leaf
 from bcn_flax.interop.trees import (
     Leaves,
     Tensors,
@@ -212,7 +211,7 @@ def match(
 
     torch_shapes = {key: shape(x) for key, x in tensors.items()}
     flax_shapes = {path: shape(x) for path, x in leaves.items()}
-    renames = Renames.of(names, {module_and_leaf(key)[0] for key in tensors})
+    renames = Renames.of(names, {module_and_leaf(key)[0]: None for key in tensors})
     found = naming.match_names(torch_shapes, flax_shapes, renames, rules)
     better = found if callable(names) else naming.with_better_names(found)
     tied = _tied(tensors, better.paths)
@@ -221,23 +220,16 @@ def match(
     sources = layers.facts_by_source(found, *declared, transposed, flattened or {})
     any_transposed = layers.any_transposed(sources, found)
     candidates = [
-        _Candidate(
-            key,
-            tensors[key],
-            path,
-            leaves[path],
-            rule_for(rules, path),
-            layers.resolve(sources, key),
-        )
+        _pair(key, tensors[key], path, leaves[path], rules, layers.resolve(sources, key))
         for key, path in found.paths.items()
     ]
-    pairs = [candidate.pair() for candidate in candidates if not candidate.errors()]
+    pairs = [pair for pair in candidates if isinstance(pair, Pair)]
     refuse(
         naming.name_hints(found, better)
         + "The state_dict and the Flax variables must match, tensor by tensor, but:",
         naming.name_errors(found, better, tied.keys() | skipped)
         + layers.fact_errors(sources, found)
-        + [line for candidate in candidates for line in candidate.errors()]
+        + [misfit for misfit in candidates if isinstance(misfit, str)]
         + layers.ambiguities(pairs, any_transposed),
         "Build both models with the same configuration, or pass `names` to say where in Flax a "
         "module of PyTorch is." + naming.name_proposal(found, better),
@@ -245,71 +237,46 @@ def match(
     return Match(tuple(pairs), tied, skipped, tensors, tuple(layers.notes(pairs, any_transposed)))
 
 
-class _Candidate(NamedTuple):
-    """A tensor and the leaf of the same name, which become a pair if a layout fits both."""
-
-    key: str
-    tensor: Any
-    path: Path
-    leaf: Any
-    rule: Rule
-    facts: LayerFacts
-
-    def pair(self) -> Pair:
-        torch_shape, flax_shape = shape(self.tensor), shape(self.leaf)
-        (layout,) = self._fitting()
-        dtype = layouts.dtype(self.leaf)
-        return Pair(self.key, torch_shape, self.path, flax_shape, dtype, layout, self.facts)
-
-    def errors(self) -> list[str]:
-        """Why they are no pair: one line, or none."""
-        torch_shape, flax_shape = shape(self.tensor), shape(self.leaf)
-        flax = f"Flax's {path_name(self.path)}"
-        module, _ = module_and_leaf(self.key)
-        fitting = self._fitting()
-        if len(fitting) > 1:
-            return [
-                f"ambiguous: {self.key}, of a transposed convolution, is {torch_shape}, which does "
-                "not show Flax's transpose_kernel: pass "
-                f"transposed={{{module!r}: False}}, or True"
-            ]
-        if fitting and layouts.kind(self.tensor) != layouts.kind(self.leaf):
-            return [
-                f"of another kind: {self.key} is {layouts.dtype(self.tensor)}, but {flax} of shape "
-                f"{flax_shape} is {layouts.dtype(self.leaf)}"
-            ]
-        if fitting:
-            return []
-        needed = {layout.torch_shape(flax_shape): None for layout in self._possible()}
-        error = f"misshapen: {self.key} is {torch_shape}, but {flax} of shape {flax_shape} "
-        error += (
-            f"needs {' or '.join(map(str, needed))}"
-            if needed
-            else "has no counterpart: no rule knows such a shape"
+def _pair(
+    key: str, tensor: Any, path: Path, leaf: Any, rules: Rules, facts: LayerFacts
+) -> Pair | str:
+    """The pair of a tensor and a leaf of the same name, or one line that says why there is none."""
+    torch_shape, flax_shape, module = shape(tensor), shape(leaf), module_and_leaf(key)[0]
+    flax = f"Flax's {path_name(path)} of shape {flax_shape}"
+    possible = rule_for(rules, path).layouts(torch_shape, flax_shape, facts)
+    fitting = [layout for layout in possible if layout.torch_shape(flax_shape) == torch_shape]
+    if not fitting:
+        needed = dict.fromkeys(layout.torch_shape(flax_shape) for layout in possible)
+        line = f"misshapen: {key} is {torch_shape}, but {flax} "
+        if needed:
+            line += f"needs {' or '.join(map(str, needed))}"
+        else:
+            line += "has no counterpart: no rule knows such a shape"
+        if facts.transposed and _is_grouped(torch_shape, needed):
+            line += "; Flax has no grouped transposed convolution"
+        kernel = path[-1] == "kernel" and not facts.transposed
+        if kernel and may_be_transposed(torch_shape, flax_shape):
+            line += f"; if it is a transposed convolution, pass transposed=[{module!r}]"
+        return line
+    if len(fitting) > 1:
+        return (
+            f"ambiguous: {key}, of a transposed convolution, is {torch_shape}, which does not show "
+            f"Flax's transpose_kernel: pass transposed={{{module!r}: False}}, or True"
         )
-        if self.facts.transposed:
-            if _is_grouped(torch_shape, needed):
-                error += "; Flax has no grouped transposed convolution"
-        elif self.path[-1] == "kernel" and may_be_transposed(torch_shape, flax_shape):
-            error += f"; if it is a transposed convolution, pass transposed=[{module!r}]"
-        return [error]
-
-    def _possible(self) -> list[Layout]:
-        return self.rule.layouts(shape(self.tensor), shape(self.leaf), self.facts)
-
-    def _fitting(self) -> list[Layout]:
-        torch_shape, flax_shape = shape(self.tensor), shape(self.leaf)
-        return [x for x in self._possible() if x.torch_shape(flax_shape) == torch_shape]
+    if layouts.kind(tensor) != layouts.kind(leaf):
+        types = f"{key} is {layouts.dtype(tensor)}, but {flax} is {layouts.dtype(leaf)}"
+        return f"of another kind: {types}"
+    return Pair(key, torch_shape, path, flax_shape, layouts.dtype(leaf), fitting[0], facts)
 
 
 def _is_grouped(torch_shape: Shape, needed: Iterable[Shape]) -> bool:
     """Whether a transposed convolution has fewer outputs than needed, as one of groups has."""
     return any(
-        torch_shape != shape
-        and (torch_shape[0], *torch_shape[2:]) == (shape[0], *shape[2:])
-        and shape[1] % torch_shape[1] == 0
-        for shape in needed
-        if len(shape) == len(torch_shape)
+        torch_shape != other
+        and (torch_shape[0], *torch_shape[2:]) == (other[0], *other[2:])
+        and other[1] % torch_shape[1] == 0
+        for other in needed
+        if len(other) == len(torch_shape)
     )
 
 

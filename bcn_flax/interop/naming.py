@@ -4,31 +4,13 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain, pairwise, takewhile
-from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-from bcn_flax.interop.layouts import (
-    LayerFacts,
-    Path,
-    Rules,
-    Shape,
-    path_name,
-    rule_for,
-    to_numpy,
-)
+from bcn_flax.interop.layouts import SKIPPED, LayerFacts, Path, Rules, Shape, path_name, rule_for
 
 Names = Mapping[str, str] | Callable[[str], str | None]
 Canonical = tuple[str, ...]
 T = TypeVar("T")
-
-
-# PyTorch's buffers that Flax does without, and why nothing is lost.
-SKIPPED: Mapping[str, Callable[[Any], str]] = MappingProxyType(
-    {
-        "num_batches_tracked": lambda _: "Flax counts no batches",
-        "estbn_moving_speed": lambda x: _moving_speed(to_numpy(x).item()),
-    }
-)
 
 # The names of the batch norm inside the authors' batch-channel norm. The parameters of its channel
 # norm are its own.
@@ -59,15 +41,14 @@ class Renames(NamedTuple):
             {'module': '', 'module.fc': 'head'}
         """
         if callable(names):
-            found = {module: names(module) for module in modules}
-            own = {module: module.replace(".", "/") for module in modules}
-            return cls({m: own[m] if path is None else path for m, path in found.items()}, modules)
+            places = {module: names(module) for module in modules}
+            names = {m: m.replace(".", "/") if p is None else p for m, p in places.items()}
         renames = cls(names or {}, modules)
         wrapper = renames.wrapper
         if not wrapper:
             return renames
-        others = {path: place for path, place in renames.paths.items() if path != wrapper}
-        return cls({wrapper: ""} | {renames.in_full(p): o for p, o in others.items()}, modules)
+        others = {renames.in_full(p): o for p, o in renames.paths.items() if p != wrapper}
+        return cls({wrapper: "", **others}, modules)
 
     @property
     def wrapper(self) -> str:
@@ -186,7 +167,7 @@ def with_better_names(found: NameMatch) -> NameMatch:
     if not found.missing:
         return found
     wrapper = _likely_wrapper(found)
-    return _with_proposed_names(_without_wrapper(found, wrapper) if wrapper else found)
+    return _with_proposed_names(_with_names(found, {wrapper: ""}) if wrapper else found)
 
 
 def name_errors(found: NameMatch, better: NameMatch, accounted: Collection[str]) -> list[str]:
@@ -301,11 +282,11 @@ def _unexpected(found: NameMatch, keys: Iterable[str]) -> list[str]:
     """One line for each module of PyTorch that has tensors, of these keys, without a leaf."""
     lines = []
     for module, group in _by_torch_module(keys).items():
-        place = "/".join(found.renames.flax_path(module))
-        where = f" at {place}, where `names` puts it" if place != module.replace(".", "/") else ""
         tensors = ", ".join(f"{key} {found.tensors[key]}" for key in group)
-        has = "has" if len(group) == 1 else "have"
-        lines.append(f"unexpected: {tensors}, which {has} no counterpart in Flax{where}")
+        place = "/".join(found.renames.flax_path(module))
+        line = f"unexpected: {tensors}, without a counterpart in Flax"
+        moved = place != module.replace(".", "/")
+        lines.append(f"{line} at {place}, where `names` puts it" if moved else line)
     return lines
 
 
@@ -319,7 +300,7 @@ def _likely_wrapper(found: NameMatch) -> str:
     columns = zip(*(module.split(".") for module in found.renames.modules), strict=False)
     common = [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
     prefixes = [".".join(common[:n]) for n in range(1, len(common) + 1) if common[0]]
-    matched = {prefix: len(_without_wrapper(found, prefix).paths) for prefix in prefixes}
+    matched = {prefix: len(_with_names(found, {prefix: ""}).paths) for prefix in prefixes}
     best = max(matched, key=matched.__getitem__, default="")
     if best and matched[best] > len(found.paths):
         return best
@@ -327,12 +308,8 @@ def _likely_wrapper(found: NameMatch) -> str:
     return max(usual, key=len) if usual and not found.paths else ""
 
 
-def _without_wrapper(found: NameMatch, wrapper: str) -> NameMatch:
-    return _with_names(found, {wrapper: "", **found.renames.paths})
-
-
-def _with_names(found: NameMatch, names: Mapping[str, str]) -> NameMatch:
-    renames = Renames.of(names, found.renames.modules)
+def _with_names(found: NameMatch, more: Mapping[str, str]) -> NameMatch:
+    renames = Renames.of({**found.renames.paths, **more}, found.renames.modules)
     return match_names(found.tensors, found.leaves, renames, found.rules)
 
 
@@ -343,8 +320,8 @@ def _with_proposed_names(found: NameMatch) -> NameMatch:
     come first on both sides; then the order is that of the definition, or of the names if the
     order of definition is lost.
     """
-    names = found.renames.paths
-    unmatched = _unmatched(_by_torch_module(found.tensors), found.paths.keys() | names.keys())
+    named = found.paths.keys() | found.renames.paths.keys()
+    unmatched = _unmatched(_by_torch_module(found.tensors), named)
     places = _unmatched(_by_flax_module(found.leaves), found.leaves.keys() - found.missing.keys())
     free = _in_order(
         {place: place for place in places}, [p for p in found.leaves if p[0] == "params"]
@@ -359,7 +336,9 @@ def _with_proposed_names(found: NameMatch) -> NameMatch:
                 chosen[module] = place
                 free.remove(place)
                 break
-    better = _with_names(found, {**names, **{m: chosen[m] for m in unmatched if m in chosen}})
+    better = _with_names(
+        found, {module: chosen[module] for module in unmatched if module in chosen}
+    )
     return better if better.paths.items() >= found.paths.items() else found
 
 
@@ -412,17 +391,10 @@ def _in_order(places: Mapping[str, str], everything: list[str] | list[Path]) -> 
 
     def key(module: str) -> tuple[bool, list[str | int]]:
         nested = len(canonical(filter(None, places[module].split("/")))) > 1
-        return nested, _numbers_by_size(module) if lost else []
+        parts = re.split(r"(\d+)", module) if lost else []
+        return nested, [int(part) if part.isdecimal() else part for part in parts]
 
     return sorted(places, key=key)
-
-
-def _numbers_by_size(name: str) -> list[str | int]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
-
-def _moving_speed(rate: float) -> str:
-    return f"it is {rate:g}, which in Flax's batch norm is momentum={1 - rate:g}"
 
 
 def _in(module: str, path: str) -> bool:
