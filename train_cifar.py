@@ -50,6 +50,7 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from bcn_flax import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import VGG, ResNet
 from training import TrainingError, data, devices, results
 from training.checkpoints import Checkpoints
@@ -106,13 +107,19 @@ class State(NamedTuple):
 
 def make_model(config: Config, recipe: Recipe, classes: int) -> nn.Module:
     """The network."""
+    groups, momentum = recipe.groups, recipe.norm_momentum
+    norms = {
+        "bcn": partial(
+            BatchChannelNorm, num_groups=groups, estimate=config.estimate, momentum=momentum
+        ),
+        "bn": partial(BatchNorm, momentum=momentum),
+        "gn": partial(nn.GroupNorm, num_groups=groups, epsilon=1e-5),
+        "none": None,
+    }
     shared: dict[str, Any] = {
         "num_classes": classes,
-        "norm": config.norm,
-        "ws": config.ws,
-        "num_groups": recipe.groups,
-        "estimate": config.estimate,
-        "momentum": recipe.norm_momentum,
+        "conv": WSConv if config.ws else nn.Conv,
+        "norm": norms[config.norm],
         "dtype": jnp.dtype(config.dtype),
     }
     if config.network == "resnet":

@@ -14,7 +14,7 @@ from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
-from bcn_flax import checks, convolution, norms
+from bcn_flax import checks, norms
 from bcn_flax.affine import Affine, Moments, chain, push
 from bcn_flax.norms import RunningVariance
 from bcn_flax.passes import promote
@@ -350,14 +350,6 @@ class WSConv(_StandardizedKernel, nn.Conv):
         >>> layer = WSConv(features=64, kernel_size=(3, 3))
         >>> y, variables = layer.init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 3)))
     """
-
-    conv_general_dilated_cls: Any = convolution.for_linen
-
-    def __post_init__(self) -> None:
-        """Let the deprecated argument of Flax win, which it would not look at beside the other."""
-        if getattr(self, "conv_general_dilated", None) is not None:
-            self.conv_general_dilated_cls = None
-        super().__post_init__()
 
 
 class WSConvTranspose(_StandardizedKernel, nn.ConvTranspose):

@@ -7,7 +7,7 @@ the affine map that it applies, and that is how layers are composed: see `BatchC
 The docstrings say what is different in NNX; what a layer computes is said at its namesake in linen.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, get_args
 
@@ -17,7 +17,7 @@ from flax.nnx import initializers
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jaxtyping import Array, Bool, Float
 
-from bcn_flax import checks, convolution, norms
+from bcn_flax import checks, norms
 from bcn_flax.affine import Affine, Moments, chain, push
 from bcn_flax.norms import RunningVariance
 from bcn_flax.passes import promote
@@ -484,15 +484,6 @@ class WSConv(_StandardizedKernel, nnx.Conv):
         >>> from bcn_flax.nnx import WSConv
         >>> y = WSConv(3, 64, kernel_size=(3, 3), rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 3)))
     """
-
-    def __init__(
-        self,
-        *args: Any,
-        conv_general_dilated: Callable[..., Array] = convolution.conv_general_dilated,
-        **kwargs: Any,
-    ) -> None:
-        """Take the arguments of `nnx.Conv`, and `standardization`."""
-        super().__init__(*args, conv_general_dilated=conv_general_dilated, **kwargs)
 
 
 class WSConvTranspose(_StandardizedKernel, nnx.ConvTranspose):

@@ -1,6 +1,6 @@
 """The published codes by name: what each of them computes, as arguments of this library's layers.
 
-`BCN` has keyword arguments of `BatchChannelNorm` (and of `VGG`), `WS` the `standardization` of the
+`BCN` has keyword arguments of `BatchChannelNorm`, `WS` the `standardization` of the
 weight-standardized layers:
 
     BatchChannelNorm(64, 32, **BCN["authors_large_batch"])

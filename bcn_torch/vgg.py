@@ -6,8 +6,11 @@ from functools import partial
 from torch import Tensor, nn
 
 from bcn_torch import checks
-from bcn_torch.norms import BatchChannelNorm, BatchNorm, RunningVariance
-from bcn_torch.weight_standardization import Standardization, WSConv2d
+from bcn_torch.norms import BatchChannelNorm
+from bcn_torch.weight_standardization import WSConv2d
+
+BLOCKS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
+NORM = partial(BatchChannelNorm, groups=32)
 
 
 class VGG(nn.Module):
@@ -20,9 +23,11 @@ class VGG(nn.Module):
     and this is the network of the annotated implementation, whose checkpoints load as they are.
 
     Example:
+        >>> from functools import partial
         >>> import torch
-        >>> from bcn_torch import VGG
-        >>> VGG(blocks=((32,), (64, 64)))(torch.randn(2, 3, 8, 8)).shape
+        >>> from bcn_torch import VGG, BatchChannelNorm
+        >>> model = VGG(blocks=((32,), (64, 64)), norm=partial(BatchChannelNorm, groups=16))
+        >>> model(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 10])
 
     Source: Qiao et al., arXiv 1903.10520, for the norm and the standardized weights; the network is
@@ -31,25 +36,12 @@ class VGG(nn.Module):
 
     def __init__(
         self,
-        blocks: Sequence[Sequence[int]] = (
-            (64, 64),
-            (128, 128),
-            (256,) * 3,
-            (512,) * 3,
-            (512,) * 3,
-        ),
+        blocks: Sequence[Sequence[int]] = BLOCKS,
         *,
         in_channels: int = 3,
         num_classes: int = 10,
-        norm: str = "bcn",
-        ws: bool = True,
-        groups: int = 32,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        estimate: bool = True,
-        batch_eps: float | None = None,
-        running_variance: RunningVariance = "biased",
-        standardization: Standardization = Standardization(),
+        conv: Callable[..., nn.Module] = WSConv2d,
+        norm: Callable[[int], nn.Module] | None = NORM,
     ) -> None:
         """Make the layers.
 
@@ -57,50 +49,28 @@ class VGG(nn.Module):
             blocks: the output channels of each convolution of each block.
             in_channels: channels of the images.
             num_classes: number of outputs.
-            norm: after each convolution: "bcn" (`BatchChannelNorm`), "bn" (`BatchNorm`), "gn"
-                (`torch.nn.GroupNorm`) or "none".
-            ws: whether the convolutions standardize their weights (`WSConv2d`).
-            groups: of "bcn" and "gn"; must divide the channels of every convolution.
-            eps: of the norm.
-            momentum: of "bcn" and "bn", the weight of the *new* value in the running estimates.
-            estimate: of "bcn", see `BatchChannelNorm`.
-            batch_eps: of "bcn", see `BatchChannelNorm`.
-            running_variance: of "bcn" and "bn", see `BatchNorm`.
-            standardization: of the standardized weights.
+            conv: the class of the convolutions, `WSConv2d` or `nn.Conv2d`, or a `partial` of one.
+            norm: makes a norm for a number of channels, for example `BatchNorm`,
+                `partial(BatchChannelNorm, groups=16)` or `partial(nn.GroupNorm, 16)`; None for no
+                norms.
 
         Raises:
-            ValueError: an argument is out of its range, or groups do not divide the channels.
+            ValueError: there is no block, a block is empty, or groups do not divide the channels.
         """
         super().__init__()
         _require_blocks(blocks)
-        make_conv = partial(WSConv2d, standardization=standardization) if ws else nn.Conv2d
-        bcn = partial(
-            BatchChannelNorm,
-            groups=groups,
-            eps=eps,
-            momentum=momentum,
-            estimate=estimate,
-            batch_eps=batch_eps,
-            running_variance=running_variance,
-        )
-        bn = partial(BatchNorm, eps=eps, momentum=momentum, running_variance=running_variance)
-        make_norm: dict[str, Callable[[int], list[nn.Module]]] = {
-            "bcn": lambda channels: [bcn(channels)],
-            "bn": lambda channels: [bn(channels)],
-            "gn": lambda channels: [_group_norm(channels, groups, eps)],
-            "none": lambda channels: [],
-        }
-        checks.require_one_of("norm", norm, make_norm)
         self.in_channels = in_channels
         self.halvings = len(blocks)
         layers: list[nn.Module] = []
         last = in_channels
         for block in blocks:
             for channels in block:
-                conv = make_conv(last, channels, kernel_size=3, padding=1)
-                layers += [conv, *make_norm[norm](channels), nn.ReLU()]
+                layers.append(conv(last, channels, kernel_size=3, padding=1))
+                if norm is not None:
+                    layers.append(norm(channels))
+                layers.append(nn.ReLU())
                 last = channels
-            layers += [nn.MaxPool2d(2, 2)]
+            layers.append(nn.MaxPool2d(2, 2))
         self.layers = nn.Sequential(*layers)
         self.fc = nn.Linear(last, num_classes)
 
@@ -112,12 +82,6 @@ class VGG(nn.Module):
         """
         _require_images(x, self.in_channels, self.halvings)
         return self.fc(self.layers(x).mean((2, 3)))
-
-
-def _group_norm(channels: int, groups: int, eps: float) -> nn.GroupNorm:
-    checks.require_group_count(channels, groups)
-    checks.require_eps(eps)
-    return nn.GroupNorm(groups, channels, eps)
 
 
 def _require_blocks(blocks: Sequence[Sequence[int]]) -> None:

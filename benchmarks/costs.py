@@ -26,9 +26,9 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from bcn_flax import BatchChannelNorm
+from bcn_flax import BatchChannelNorm, BatchNorm
 from bcn_flax.models import VGG
-from bcn_flax.models.vgg import BLOCKS
+from bcn_flax.models.architecture import BLOCKS
 
 ROOT = Path(__file__).parent.parent
 MODULES = ("bcn_flax", "bcn_flax.nnx", "bcn_flax.models")
@@ -60,11 +60,11 @@ class PlainVGG(nn.Module):
 NETWORKS = {
     "Conv and BatchNorm of Flax": PlainVGG(nn.BatchNorm),
     "Conv of Flax, BatchChannelNorm": PlainVGG(BatchChannelNorm),
-    "models.VGG(ws=False, norm='bn')": VGG(ws=False, norm="bn"),
-    "models.VGG(ws=False)": VGG(ws=False),
+    "models.VGG(conv=nn.Conv, norm=BatchNorm)": VGG(conv=nn.Conv, norm=BatchNorm),
+    "models.VGG(conv=nn.Conv)": VGG(conv=nn.Conv),
     "models.VGG()": VGG(),
 }
-PLAIN, STANDARDIZED = "models.VGG(ws=False)", "models.VGG()"
+PLAIN, STANDARDIZED = "models.VGG(conv=nn.Conv)", "models.VGG()"
 
 
 def import_seconds(module: str) -> tuple[float, float]:

@@ -37,28 +37,29 @@ import numpy as np
 import optax
 import sklearn.model_selection
 import tyro
+from flax import linen as nn
 from jaxtyping import Array, Float, Int
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from bcn_flax import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import VGG
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from training import data
 from training.data import Split
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "BN": {"norm": "bn", "ws": False},
-    "GN": {"norm": "gn", "ws": False},
-    "GN + WS": {"norm": "gn", "ws": True},
-    "BCN": {"norm": "bcn", "ws": False},
-    "BCN + WS": {"norm": "bcn", "ws": True},
-}
-OURS = "BCN + WS"
 BLOCKS = ((32, 32), (64, 64))
 GROUPS = 16
+NORMS: dict[str, Callable[..., Any]] = {
+    "BN": BatchNorm,
+    "GN": partial(nn.GroupNorm, num_groups=GROUPS, epsilon=1e-5),
+    "BCN": partial(BatchChannelNorm, num_groups=GROUPS),
+}
+NETWORKS = ("BN", "GN", "GN + WS", "BCN", "BCN + WS")
+OURS = "BCN + WS"
 SGD_MOMENTUM = 0.9
 NORM_MOMENTUM = 0.95  # at this batch size, as in train_cifar.py:
 REFERENCE_BATCH = 32
@@ -133,7 +134,7 @@ def make_plan(config: Config) -> Plan:
     if config.quick:
         return Plan(("BN", "BCN + WS"), (4, 32), (0.03, 0.1), (1000,), (0, 1), 1)
     return Plan(
-        networks=tuple(NETWORKS),
+        networks=NETWORKS,
         batch_sizes=(1, 2, 4, 8, 32),
         rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0),
         tuning_seeds=(1000, 1001, 1002),
@@ -144,8 +145,11 @@ def make_plan(config: Config) -> Plan:
 
 def make_model(network: str, batch_size: int) -> VGG:
     """The network; its running averages forget an image after the same number of later images."""
-    momentum = NORM_MOMENTUM ** (batch_size / REFERENCE_BATCH)
-    return VGG(blocks=BLOCKS, num_groups=GROUPS, momentum=momentum, **NETWORKS[network])
+    name, _, standardized = network.partition(" + ")
+    norm = NORMS[name]
+    if name != "GN":  # which has no running averages
+        norm = partial(norm, momentum=NORM_MOMENTUM ** (batch_size / REFERENCE_BATCH))
+    return VGG(blocks=BLOCKS, conv=WSConv if standardized else nn.Conv, norm=norm)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -12,20 +12,15 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.sharding import Sharding
-
-from bcn_flax import models
-from bcn_flax.models import resnet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_cifar
@@ -44,21 +39,6 @@ MEASURES: dict[str, Callable[[jax.stages.Compiled], float]] = {
 }
 
 
-class FlaxBatchNorm(nn.BatchNorm):
-    """Flax's layer, which takes the one argument that only this package's has."""
-
-    running_variance: str = "biased"
-
-
-@contextmanager
-def batch_norm_of_flax() -> Iterator[None]:
-    """Networks with `norm="bn"` take Flax's layer instead of this package's."""
-    with ExitStack() as stack:
-        for module in (models.linen, resnet):
-            stack.enter_context(mock.patch.object(module, "BatchNorm", FlaxBatchNorm))
-        yield
-
-
 class Step:
     """A training step of `train_cifar.py`, and the shapes of what it takes."""
 
@@ -74,7 +54,9 @@ class Step:
             batch_size=BATCH,
         )
         recipe = resolve(config)
-        model = train_cifar.make_model(config, recipe, CLASSES)
+        model: Any = train_cifar.make_model(config, recipe, CLASSES)
+        if not ours:
+            model = model.clone(norm=partial(nn.BatchNorm, momentum=recipe.norm_momentum))
         batches = recipe.epochs * recipe.steps(IMAGES)
         optimizer = train_cifar.make_optimizer(config, recipe, batches)
         shape = (IMAGES, 32, 32, 3)
@@ -94,9 +76,8 @@ def steps(split: Callable[[Any], Any], sharding: Sharding) -> Iterator[tuple[str
     """Network, norm, step and program of each row."""
     for name, network in NETWORKS.items():
         for norm in (FLAX, OURS):
-            with batch_norm_of_flax():
-                step = Step(network, norm, split)
-                yield name, norm, step, step.compiled(sharding)
+            step = Step(network, norm, split)
+            yield name, norm, step, step.compiled(sharding)
 
 
 def networks(target: str, arguments: argparse.Namespace) -> None:

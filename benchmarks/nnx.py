@@ -92,8 +92,8 @@ WAYS = {
     "NNX, nnx.cached_partial": cached_partial,
     "NNX, split once, jax.jit": split_once,
 }
-VGG = {"blocks": ((32, 32), (64, 64)), "num_groups": 32}
-TINY = {"blocks": ((2, 2), (2, 2), (2, 2)), "num_groups": 2}
+SMALL = ((32, 32), (64, 64)), 32  # blocks, and groups of channels
+TINY = ((2, 2), (2, 2), (2, 2)), 2
 
 
 def layer(shape: tuple[int, ...], **options: int) -> dict[str, Callable[[], object]]:
@@ -103,10 +103,16 @@ def layer(shape: tuple[int, ...], **options: int) -> dict[str, Callable[[], obje
     return contenders(in_linen(linen, x), make, x)
 
 
-def network(shape: tuple[int, ...], **options: object) -> dict[str, Callable[[], object]]:
+def network(
+    shape: tuple[int, ...], blocks: tuple[tuple[int, ...], ...], groups: int
+) -> dict[str, Callable[[], object]]:
     x = jax.random.normal(jax.random.key(0), shape)
-    linen = in_linen(bcn_flax.models.VGG(**options), x, train=True)
-    return contenders(linen, partial(bcn_flax.models.nnx.VGG, **options), x)
+    linen_norm, nnx_norm = (
+        partial(library.BatchChannelNorm, num_groups=groups)
+        for library in (bcn_flax.linen, bcn_flax.nnx)
+    )
+    linen = in_linen(bcn_flax.models.VGG(blocks, norm=linen_norm), x, train=True)
+    return contenders(linen, partial(bcn_flax.models.nnx.VGG, blocks, norm=nnx_norm), x)
 
 
 def contenders(
@@ -124,9 +130,9 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     programs = {
         "BatchChannelNorm, (32, 32, 32, 64)": layer((32, 32, 32, 64)),
-        "VGG of 4 convolutions, (32, 32, 32, 3)": network((32, 32, 32, 3), **VGG),
+        "VGG of 4 convolutions, (32, 32, 32, 3)": network((32, 32, 32, 3), *SMALL),
         "BatchChannelNorm, (1, 1, 2, 2)": layer((1, 1, 2, 2), num_groups=2),
-        "VGG of 6 convolutions, (1, 8, 8, 3)": network((1, 8, 8, 3), **TINY),
+        "VGG of 6 convolutions, (1, 8, 8, 3)": network((1, 8, 8, 3), *TINY),
     }
     rows = []
     for program, runs in programs.items():

@@ -24,7 +24,7 @@ from contenders import FlaxPair
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bcn_flax import BatchChannelNorm
+from bcn_flax import BatchChannelNorm, BatchNorm
 from bcn_flax.models import VGG
 
 DEVICES = 8
@@ -38,7 +38,11 @@ LAYERS = {
     "Flax GroupNorm": nn.GroupNorm(32),
 }
 BLOCKS = ((CHANNELS, CHANNELS), (CHANNELS, CHANNELS))
-NETWORKS = {norm: VGG(BLOCKS, norm=norm) for norm in ("bcn", "bn", "gn")}
+NETWORKS = {
+    "bcn": VGG(BLOCKS),
+    "bn": VGG(BLOCKS, norm=BatchNorm),
+    "gn": VGG(BLOCKS, norm=partial(nn.GroupNorm, epsilon=1e-5)),
+}
 
 COLLECTIVE = re.compile(
     r"= (?P<arrays>.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|"

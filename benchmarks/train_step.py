@@ -13,12 +13,14 @@ from timing import HAS_TORCH, interleaved, report, torch_device  # isort: skip  
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 
 from bcn_flax.models import VGG
 
@@ -28,10 +30,17 @@ if HAS_TORCH:
     import bcn_torch
 
 Run = Callable[[], object]
-NETWORKS: dict[str, dict[str, Any]] = {
-    "WS + BCN": {"norm": "bcn", "ws": True},
-    "GroupNorm": {"norm": "gn", "ws": False},
+NETWORKS = {
+    "WS + BCN": VGG(),
+    "GroupNorm": VGG(conv=nn.Conv, norm=partial(nn.GroupNorm, epsilon=1e-5)),
 }
+if HAS_TORCH:
+    TORCH_NETWORKS = {
+        "WS + BCN": bcn_torch.VGG,
+        "GroupNorm": partial(
+            bcn_torch.VGG, conv=torch.nn.Conv2d, norm=partial(torch.nn.GroupNorm, 32)
+        ),
+    }
 LEARNING_RATE = 2.5e-4
 
 
@@ -41,10 +50,10 @@ def data(batch: int) -> tuple[np.ndarray, np.ndarray]:
     return images, np.arange(batch) % 10
 
 
-def in_flax(batch: int, network: dict[str, Any]) -> Run:
+def in_flax(batch: int, network: str) -> Run:
     """A step that is compiled, with the state it goes on from."""
     images, labels = map(jnp.asarray, data(batch))
-    model, optimizer = VGG(**network), optax.adam(LEARNING_RATE)
+    model, optimizer = NETWORKS[network], optax.adam(LEARNING_RATE)
     variables = model.init(jax.random.key(0), images[:1], train=False)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
 
@@ -77,14 +86,14 @@ def in_flax(batch: int, network: dict[str, Any]) -> Run:
 
 
 def in_torch(
-    batch: int, network: dict[str, Any], *, channels_last: bool = False, compiled: bool = False
+    batch: int, network: str, *, channels_last: bool = False, compiled: bool = False
 ) -> Run:
     """The same with the reference network."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images, labels = map(torch.from_numpy, data(batch))
     images = images.movedim(-1, 1).to(torch_device()).contiguous(memory_format=layout)
     labels = labels.to(torch_device())
-    model = bcn_torch.VGG(**network).to(torch_device(), memory_format=layout)
+    model = TORCH_NETWORKS[network]().to(torch_device(), memory_format=layout)
     forward = torch.compile(model) if compiled else model
     # By default it takes seven times as long on a CPU.
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
@@ -97,7 +106,7 @@ def in_torch(
     return run
 
 
-def contenders(batch: int, network: dict[str, Any], *, compiled: bool) -> dict[str, Run]:
+def contenders(batch: int, network: str, *, compiled: bool) -> dict[str, Run]:
     """Of which the first is ours."""
     found = {"Flax": in_flax(batch, network)}
     if HAS_TORCH:
@@ -122,9 +131,9 @@ def first_calls(runs: dict[str, Run]) -> dict[str, float]:
 def main(batches: Sequence[int], rounds: int, *, compiled: bool) -> None:
     """Print the table."""
     rows: list[list[str | float]] = []
-    for name, network in NETWORKS.items():
+    for name in NETWORKS:
         for batch in batches:
-            runs = contenders(batch, network, compiled=compiled)
+            runs = contenders(batch, name, compiled=compiled)
             first = first_calls(runs)
             seconds = interleaved(runs, rounds)
             peers = [s for who, s in seconds.items() if who != "Flax"] or [seconds["Flax"]]

@@ -1,44 +1,70 @@
-"""Whole networks side by side: where layers meet, and weights change their layout in every way."""
+"""Whole networks of Flax and PyTorch, whose weights differ in layout in every way there is."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from bcn_flax import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import VGG
 from bcn_flax.parity import Optimizer, adam, assert_parity, sgd
 
-SMALL = ((8, 8), (16,))
-# As deep as the published network, of a quarter of its features.
-DEEP = ((16, 16), (32, 32), (64,) * 3, (128,) * 3, (128,) * 3)
+Blocks = tuple[tuple[int, ...], ...]
+
+SMALL: Blocks = ((8, 8), (16,))
+# As deep as the published network, with a quarter of its features.
+DEEP: Blocks = ((16, 16), (32, 32), (64,) * 3, (128,) * 3, (128,) * 3)
+
+
+def vgg_pair(
+    blocks: Blocks,
+    norm: str = "bcn",
+    *,
+    ws: bool = True,
+    groups: int = 4,
+    estimate: bool = True,
+    dtype: str = "float32",
+) -> tuple[VGG, Any]:
+    """The same VGG in Flax and in PyTorch; `norm` is bcn, bn, gn or none."""
+    import torch
+
+    import bcn_torch
+
+    norms: dict[str, tuple[Any, Any]] = {
+        "bcn": (
+            partial(BatchChannelNorm, num_groups=groups, estimate=estimate),
+            partial(bcn_torch.BatchChannelNorm, groups=groups, estimate=estimate),
+        ),
+        "bn": (BatchNorm, bcn_torch.BatchNorm),
+        "gn": (
+            partial(nn.GroupNorm, num_groups=groups, epsilon=1e-5),
+            partial(torch.nn.GroupNorm, groups),
+        ),
+        "none": (None, None),
+    }
+    convs = (WSConv, bcn_torch.WSConv2d) if ws else (nn.Conv, torch.nn.Conv2d)
+    return (
+        VGG(blocks, conv=convs[0], norm=norms[norm][0], param_dtype=jnp.dtype(dtype)),
+        bcn_torch.VGG(blocks, conv=convs[1], norm=norms[norm][1]).to(getattr(torch, dtype)),
+    )
 
 
 def vgg(
-    blocks: tuple[tuple[int, ...], ...] = SMALL,
-    size: int = 9,
-    *,
-    optimizer: Optimizer,
     norm: str = "bcn",
-    ws: bool = True,
-    estimate: bool = True,
-    groups: int = 4,
+    blocks: Blocks = SMALL,
+    *,
+    size: int = 9,
+    optimizer: Optimizer,
     steps: int = 3,
+    **options: Any,
 ) -> None:
     """Fail unless both networks train alike, in float64."""
-    import bcn_torch
-
-    shared: dict[str, Any] = {"norm": norm, "ws": ws, "estimate": estimate}
+    model, module = vgg_pair(blocks, norm, dtype="float64", **options)
     images = np.random.default_rng(0).normal(size=(4, size, size, 3))
-    assert_parity(
-        VGG(blocks, **shared, num_groups=groups, param_dtype=jnp.float64),
-        bcn_torch.VGG(blocks, **shared, groups=groups).double(),
-        images,
-        optimizer=optimizer,
-        steps=steps,
-        eager=False,
-    )
+    assert_parity(model, module, images, optimizer=optimizer, steps=steps, eager=False)
 
 
 class Upsampler(nn.Module):
@@ -51,7 +77,7 @@ class Upsampler(nn.Module):
 
 
 def upsampler() -> None:
-    """Fail unless flipped and flattened kernels compute the same on both sides."""
+    """Fail unless flipped and flattened kernels compute the same in Flax and PyTorch."""
     import torch
 
     class Torch(torch.nn.Module):
@@ -68,7 +94,7 @@ def upsampler() -> None:
 
 
 class SquareUpsampler(nn.Module):
-    """A transposed convolution with as many inputs as outputs, whose layout no shape tells."""
+    """A transposed convolution whose inputs and outputs are as many: its shape tells no layout."""
 
     transpose_kernel: bool
 
@@ -85,7 +111,7 @@ class SquareUpsampler(nn.Module):
 
 
 def square_upsampler(transpose_kernel: bool) -> None:
-    """Fail unless the kernel is laid out as Flax's argument says."""
+    """Fail unless the kernel has the layout that Flax's argument declares."""
     import torch
 
     module = torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 3, (3, 2), stride=2))
@@ -100,13 +126,13 @@ def square_upsampler(transpose_kernel: bool) -> None:
     )
 
 
-# Adam only where no gradient is 0 but for rounding: that of a bias is, ahead of a batch norm by the
-# batch's own mean, and Adam would make a whole step of it.
+# Not Adam if a gradient is 0 but for rounding, of which Adam makes a whole step. The gradient of a
+# bias is, if a batch norm by the batch's own mean follows.
 NETWORKS: Mapping[str, Callable[[], None]] = {
     "VGG bcn": lambda: vgg(optimizer=adam(2.5e-4)),
-    "VGG gn": lambda: vgg(norm="gn", optimizer=adam(2.5e-4)),
+    "VGG gn": lambda: vgg("gn", optimizer=adam(2.5e-4)),
     "VGG bcn by the batch": lambda: vgg(estimate=False, optimizer=sgd(0.01)),
-    "VGG bn without ws": lambda: vgg(norm="bn", ws=False, optimizer=sgd(0.01)),
+    "VGG bn without ws": lambda: vgg("bn", ws=False, optimizer=sgd(0.01)),
     "upsampler": upsampler,
     "square upsampler": lambda: square_upsampler(transpose_kernel=False),
     "square upsampler, transposed": lambda: square_upsampler(transpose_kernel=True),

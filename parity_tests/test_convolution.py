@@ -1,4 +1,4 @@
-"""The form that small convolutions have on a CPU: when they have it, and that all else stays."""
+"""Convolutions of small images on a CPU: which take the fast form, and that the others do not."""
 
 from functools import partial
 
@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import nnx
 from jax import export, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import bcn_flax
 import bcn_flax.nnx
 from bcn_flax import WSConv, models
-from bcn_flax.convolution import conv_general_dilated
 from bcn_flax.models import nnx as nnx_models
+from bcn_flax.models.convolution import conv_general_dilated, conv_general_dilated_cls
 from parity_tests.environment import DEVICES
 from parity_tests.tolerances import assert_close
 
@@ -231,37 +233,41 @@ LAYERS = {
 
 
 def linen_pair(**options):
-    return WSConv(6, (3, 3), **options), WSConv(6, (3, 3), conv_general_dilated_cls=None, **options)
+    """A layer with this form of convolution, and one without."""
+    plain = WSConv(6, (3, 3), **options)
+    return plain.clone(conv_general_dilated_cls=conv_general_dilated_cls), plain
+
+
+def assert_same_layers(actual, expected):
+    assert actual.dtype == expected.dtype
+    rounding = float(jnp.finfo(actual.dtype).eps)
+    # Outputs are about 1.
+    actual, expected = (np.asarray(y, np.float32) for y in (actual, expected))
+    np.testing.assert_allclose(actual, expected, atol=8 * rounding)
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_a_linen_layer_is_what_it_was(case):
+def test_a_linen_layer_gives_the_same(case):
     actual, expected = linen_pair(**LAYERS[case])
     x, _ = draw((2, 2), (3, 3))
     variables = jax.jit(expected.init)(jax.random.key(0), x)
     jax.tree.map(
         np.testing.assert_array_equal, jax.jit(actual.init)(jax.random.key(0), x), variables
     )
-    a, e = (jax.jit(layer.apply)(variables, x) for layer in (actual, expected))
-    assert a.dtype == e.dtype
-    rounding = float(jnp.finfo(a.dtype).eps)
-    # Outputs are about 1.
-    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (a, e)), atol=8 * rounding)
+    assert_same_layers(*(jax.jit(layer.apply)(variables, x) for layer in (actual, expected)))
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_an_nnx_layer_is_what_it_was(case):
+def test_an_nnx_layer_gives_the_same(case):
     actual, expected = (
         bcn_flax.nnx.WSConv(C, 6, (3, 3), rngs=nnx.Rngs(0), **function, **LAYERS[case])
-        for function in ({}, {"conv_general_dilated": lax.conv_general_dilated})
+        for function in ({"conv_general_dilated": conv_general_dilated}, {})
     )
     x, _ = draw((2, 2), (3, 3))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(actual), nnx.state(expected))
-    a, e = (nnx.jit(lambda layer, x: layer(x))(layer, x) for layer in (actual, expected))
-    assert a.dtype == e.dtype
-    rounding = float(jnp.finfo(a.dtype).eps)
-    # Outputs are about 1.
-    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (a, e)), atol=8 * rounding)
+    assert_same_layers(
+        *(nnx.jit(lambda layer, x: layer(x))(layer, x) for layer in (actual, expected))
+    )
 
 
 @pytest.mark.parametrize("batch", [(), (0,), (2, 3)], ids=str)
@@ -270,6 +276,7 @@ def test_a_layer_takes_any_number_of_batch_axes(batch):
     x = jnp.ones((*batch, 2, 2, C))
     variables = expected.init(jax.random.key(0), jnp.ones((2, 2, C)))
     assert convolutions(actual.apply, variables, x) == 0
+    assert convolutions(expected.apply, variables, x) == 1
     a, e = (layer.apply(variables, x) for layer in (actual, expected))
     np.testing.assert_allclose(a, e, atol=1e-6)
 
@@ -279,36 +286,45 @@ def test_a_convolution_of_the_user_is_called():
         return 2 * lax.conv_general_dilated(*args, **kwargs)
 
     x, _ = draw((2, 2), (3, 3))
-    own, variables = linen_pair(use_bias=False)[1].init_with_output(jax.random.key(0), x)
+    layer = WSConv(6, (3, 3), use_bias=False)
+    own, variables = layer.init_with_output(jax.random.key(0), x)
     for options in ({"conv_general_dilated_cls": lambda: twice}, {"conv_general_dilated": twice}):
         y = WSConv(6, (3, 3), use_bias=False, **options).apply(variables, x)
         np.testing.assert_allclose(y, 2 * own, rtol=1e-5, atol=1e-5)
 
 
-SHAPE = {"blocks": ((4,), (4,), (4,)), "num_groups": 2, "num_classes": 2}
+SHAPE = {"blocks": ((4,), (4,), (4,)), "num_classes": 2}
 
 
-def linen_vgg(images, **options):
-    model = models.VGG(**SHAPE, **options)
+def linen_vgg(images, **layers):
+    model = models.VGG(**SHAPE, **layers)
     variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     return convolutions(partial(model.apply, train=False), variables, images)
 
 
-def nnx_vgg(images, **options):
-    model = nnx_models.VGG(**SHAPE, **options, in_channels=C, rngs=nnx.Rngs(0))
+def nnx_vgg(images, **layers):
+    model = nnx_models.VGG(**SHAPE, **layers, in_channels=C, rngs=nnx.Rngs(0))
     model.eval()
     graphdef, state = nnx.split(model)
     return convolutions(lambda state, x: nnx.merge(graphdef, state)(x), state, images)
 
 
-@pytest.mark.parametrize("vgg", [linen_vgg, nnx_vgg])
-@pytest.mark.parametrize("options", [{}, {"ws": False, "norm": "gn"}], ids=["bcn", "gn"])
-def test_a_vgg_has_it_where_its_images_are_small(vgg, options):
-    assert vgg(jnp.ones((2, 16, 16, C)), **options) == 3  # of 16x16, 8x8 and 4x4 pixels
-    assert vgg(jnp.ones((2, 8, 8, C)), **options) == 2  # the last of 2x2
+@pytest.mark.parametrize(
+    ("vgg", "layers"),
+    [
+        (linen_vgg, {"norm": partial(bcn_flax.BatchChannelNorm, num_groups=2)}),
+        (linen_vgg, {"conv": nn.Conv, "norm": None}),
+        (nnx_vgg, {"norm": partial(bcn_flax.nnx.BatchChannelNorm, num_groups=2)}),
+        (nnx_vgg, {"conv": nnx.Conv, "norm": None}),
+    ],
+    ids=["linen", "linen, plain", "nnx", "nnx, plain"],
+)
+def test_a_vgg_has_it_for_small_images(vgg, layers):
+    assert vgg(jnp.ones((2, 16, 16, C)), **layers) == 3  # of 16x16, 8x8 and 4x4 pixels
+    assert vgg(jnp.ones((2, 8, 8, C)), **layers) == 2  # the last of 2x2
 
 
-def test_a_resnet_has_it_where_its_images_are_small():
+def test_a_resnet_has_it_for_small_images():
     model, images = models.ResNet(depth=8), jnp.ones((2, 8, 8, C))
     variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     # One of each two in the last stage takes 4x4 pixels to 2x2, the other stays there.

@@ -54,11 +54,16 @@ def kernel(shape, axis=-1):
     return standardize_kernel(jnp.ones(shape), axis=axis)
 
 
-def torch_images(norm, shape, dtype="float32"):
-    """Give images to a small network of PyTorch, or to the published one."""
-    with torch.device("meta" if norm == "published" else "cpu"):
-        x = torch.ones(shape, dtype=getattr(torch, dtype))
-        return (bcn_torch.VGG() if norm == "published" else bcn_torch.VGG(**SMALL, norm=norm))(x)
+def small_vgg(**options):
+    """A network of PyTorch."""
+    norm = partial(bcn_torch.BatchChannelNorm, groups=2)
+    return bcn_torch.VGG(((8,), (8,)), **{"norm": norm, **options})
+
+
+def torch_images(make, shape, dtype="float32"):
+    """Give images to a network of PyTorch, without computing anything."""
+    with torch.device("meta"):
+        return make()(torch.ones(shape, dtype=getattr(torch, dtype)))
 
 
 # --- The rules, {} for what is seen ---------------------------------------------------------------
@@ -230,7 +235,6 @@ FLAX_CALLS = (
         "The images must be (n, height, width, channels), but their shape is (4, 4, 8). For a "
         "single image, add the batch axis with x[None].",
     ),
-    (lambda: network(norm="layer"), "norm must be one of bcn, bn, gn, none, but norm='layer'."),
     (
         lambda: network(blocks=((8,), ())),
         "blocks must list the features of at least one convolution in each of at least one block, "
@@ -243,7 +247,6 @@ GROUPS = partial(DIVISOR.format, "groups")
 WEIGHT = partial(FAN_IN.format, "weight")
 NO_CHANNEL = "There must be at least 1 channel, but channels={}."
 NAN, INF = float("nan"), float("inf")
-SMALL = {"blocks": ((8,), (8,)), "groups": 2}
 
 
 def weight(*shape, gain=None, **how):
@@ -264,7 +267,6 @@ TORCH_CALLS = (
     (lambda: bcn_torch.ChannelNorm(8, 2, INF), EPS("inf", USUAL)),
     (lambda: bcn_torch.BatchChannelNorm(8, 2, NAN), EPS("nan", USUAL)),
     (lambda: bcn_torch.BatchChannelNorm(8, 2, batch_eps=0.0), EPS(0.0, USUAL)),
-    (lambda: bcn_torch.VGG(**SMALL, norm="gn", eps=0.0), EPS(0.0, USUAL)),
     (lambda: weight(2, 3, eps=0.0), EPS(0.0, USUAL)),
     (
         lambda: bcn_torch.WSConv2d(4, 4, 3, standardization=Standardization(eps=-1.0)),
@@ -294,7 +296,6 @@ TORCH_CALLS = (
     (lambda: bcn_torch.ChannelNorm(12, 0), GROUPS(0, 12, "1, 2, 3, 4, 6, 12")),
     (lambda: bcn_torch.ChannelNorm(7, -1), GROUPS(-1, 7, "1, 7")),
     (lambda: bcn_torch.VGG(((8,),)), GROUPS(32, 8, "1, 2, 4, 8")),
-    (lambda: bcn_torch.VGG(((8,),), norm="gn"), GROUPS(32, 8, "1, 2, 4, 8")),
     (
         lambda: standardize_weight(torch.ones(2, 3, dtype=torch.int32)),
         FLOAT.replace("input", "weight").format("torch.int32", "x.float()"),
@@ -308,15 +309,11 @@ TORCH_CALLS = (
     (lambda: bcn_torch.WSConv1d(1, 4, 1), WEIGHT((4, 1, 1), 1)),
     (lambda: bcn_torch.WSConv2d(4, 4, 1, groups=4), WEIGHT((4, 1, 1, 1), 1)),
     (lambda: bcn_torch.WSConv3d(1, 4, 1), WEIGHT((4, 1, 1, 1, 1), 1)),
-    (
-        lambda: bcn_torch.VGG(norm="layer"),
-        "norm must be one of 'bcn', 'bn', 'gn', 'none', but norm='layer'.",
-    ),
     (lambda: bcn_torch.VGG(()), BLOCKS.format("()")),
     (lambda: bcn_torch.VGG([[8], []]), BLOCKS.format("[[8], []]")),
     *(
-        (partial(torch_images, norm, *of), text)
-        for norm in ("bcn", "none")
+        (partial(torch_images, make, *of), text)
+        for make in (small_vgg, partial(small_vgg, norm=None))
         for of, text in (
             (
                 ((3, 8, 8),),
@@ -328,7 +325,7 @@ TORCH_CALLS = (
             (((2, 3, 8, 3),), SIZE.format("8x3", 2, "4x4")),
         )
     ),
-    (lambda: torch_images("published", (2, 3, 31, 32)), SIZE.format("31x32", 5, "32x32")),
+    (lambda: torch_images(bcn_torch.VGG, (2, 3, 31, 32)), SIZE.format("31x32", 5, "32x32")),
 )
 # What PyTorch's norms refuse before it can spoil their statistics.
 TORCH_INPUTS = (
@@ -448,7 +445,7 @@ def test_the_bounds_themselves_are_allowed():
     bcn_torch.BatchNorm(8, momentum=0), bcn_torch.BatchNorm(8, momentum=1)
     bcn_torch.ChannelNorm(8, 8), bcn_torch.ChannelNorm(8, 1)
     standardize_weight(torch.ones(1, 2))
-    bcn_torch.VGG(**SMALL)(torch.randn(2, 3, 4, 4))
+    small_vgg()(torch.randn(2, 3, 4, 4))
 
 
 def train(**options):

@@ -15,7 +15,6 @@ FLAX_SIDE = [
     "bcn_flax.interop.trees",
     "bcn_flax.linen",
     "bcn_flax.models.linen",
-    "bcn_flax.models.resnet",
     "bcn_flax.models.nnx",
     "bcn_flax.nnx",
     "bcn_flax.surgery.linen",

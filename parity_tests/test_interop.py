@@ -15,6 +15,7 @@ from bcn_flax.interop import state_dict_from_variables, variables_from_torch
 from bcn_flax.models import VGG
 from parity_tests import layout
 from parity_tests.draws import random_variables
+from parity_tests.networks import vgg_pair
 from parity_tests.tolerances import assert_close
 
 pytestmark = pytest.mark.torch
@@ -81,8 +82,8 @@ def test_every_layer_moves_both_ways_and_computes_the_same(layer, make_module, s
 @pytest.mark.parametrize("norm", ["bcn", "bn", "gn", "none"])
 def test_both_networks_have_the_same_parameters(norm, ws):
     """Names and shapes agree, and so do the logits, in evaluation."""
-    model = VGG(BLOCKS, num_classes=5, norm=norm, ws=ws, num_groups=4)
-    twin = bcn_torch.VGG(BLOCKS, num_classes=5, norm=norm, ws=ws, groups=4).eval()
+    model, twin = vgg_pair(BLOCKS, norm, ws=ws)
+    twin.eval()
     variables = random_variables(model, IMAGES, np.random.default_rng(1), train=False)
     twin.load_state_dict(state_dict_from_variables(variables, twin.state_dict()))
     expected = twin(layout.to_torch(IMAGES)).detach().numpy()
@@ -127,7 +128,7 @@ def test_bfloat16_parameters_move_too():
 
 def broken_state_dict():
     """Of a small network, with one key missing, one too many, and one of another shape."""
-    state_dict = bcn_torch.VGG(((8,),), groups=4).state_dict()
+    state_dict = vgg_pair(((8,),))[1].state_dict()
     del state_dict["layers.1.channel_norm.scale"]
     state_dict["layers.7.weight"] = torch.ones(3)
     state_dict["fc.weight"] = torch.ones(8, 10)
@@ -155,7 +156,7 @@ COMPLAINT = (
     ids=["from_torch", "to_torch"],
 )
 def test_whatever_does_not_match_is_listed(convert):
-    variables = VGG(((8,),), num_groups=4).init(jax.random.key(0), IMAGES, train=False)
+    variables = vgg_pair(((8,),))[0].init(jax.random.key(0), IMAGES, train=False)
     with pytest.raises(ValueError, match="tensor by tensor") as caught:
         convert(variables)
     assert sorted(str(caught.value).splitlines()) == sorted(COMPLAINT.splitlines())

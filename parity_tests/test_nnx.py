@@ -67,14 +67,19 @@ def weights(name, *window, features=6, arrays=(), **options):
     )
 
 
-def vgg(**options):
-    options = {"blocks": ((4,),), "num_groups": 2, "num_classes": 3, **options}
+def vgg(layers, **options):
+    """`layers` gives the arguments `conv` and `norm`, for a module of layers and Flax's."""
+    options = {"blocks": ((4,),), "num_classes": 3, **options}
     return Case(
-        partial(bcn_flax.models.VGG, **options),
-        partial(bcn_flax.models.nnx.VGG, **options),
+        partial(bcn_flax.models.VGG, **layers(bcn_flax.linen, nn), **options),
+        partial(bcn_flax.models.nnx.VGG, **layers(bcn_flax.nnx, nnx), **options),
         (2, 4, 4, 3),
         lambda train: {"train": train},
     )
+
+
+def bcn(ours, flax):
+    return {"norm": partial(ours.BatchChannelNorm, num_groups=2)}
 
 
 # What is no 0 counts, and then multiplies.
@@ -105,10 +110,17 @@ KERNELS = {
     "dense": weights("WSDense"),
 }
 NETWORKS = {
-    "vgg": vgg(blocks=((4,), (6,))),
-    "vgg_bn": vgg(norm="bn", standardization=WS["timm_scaled"]),
-    "vgg_gn": vgg(norm="gn", ws=False),
-    "vgg_none": vgg(norm="none"),
+    "vgg": vgg(bcn, blocks=((4,), (6,))),
+    "vgg_bn": vgg(
+        lambda ours, flax: {
+            "conv": partial(ours.WSConv, standardization=WS["timm_scaled"]),
+            "norm": ours.BatchNorm,
+        }
+    ),
+    "vgg_gn": vgg(
+        lambda ours, flax: {"conv": flax.Conv, "norm": partial(flax.GroupNorm, num_groups=2)}
+    ),
+    "vgg_none": vgg(lambda ours, flax: {"norm": None}),
 }
 CASES = {
     **NORMS,
@@ -336,7 +348,8 @@ def test_the_bridges_train_as_the_native_layers(case):
 
 
 def test_the_state_of_a_network_is_the_tree_of_linens_variables():
-    model = bcn_flax.models.nnx.VGG(((8,),), num_groups=2, rngs=nnx.Rngs(0))
+    norm = bcn(bcn_flax.nnx, nnx)
+    model = bcn_flax.models.nnx.VGG(((8,),), **norm, rngs=nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)
     assert jax.tree.map(jnp.shape, as_linen(state)) == {
         "params": {
@@ -352,7 +365,7 @@ def test_the_state_of_a_network_is_the_tree_of_linens_variables():
     assert jax.tree.map(jnp.shape, statistics) == {
         "batch_stats": {"layers_1": {"batch_norm": {"mean": (8,), "var": (8,)}}}
     }
-    linen = bcn_flax.models.VGG(((8,),), num_groups=2)
+    linen = bcn_flax.models.VGG(((8,),), **bcn(bcn_flax.linen, nn))
     init = partial(linen.init, train=True)
     shapes = jax.eval_shape(init, jax.random.key(0), jnp.ones((1, 2, 2, 3)))
     assert jax.tree.map(jnp.shape, as_linen(nnx.state(model))) == jax.tree.map(jnp.shape, shapes)

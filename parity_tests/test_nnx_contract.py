@@ -31,7 +31,7 @@ AVERAGING = {
     "estimated": partial(EstimatedBatchNorm, 4),
     "bcn": partial(BatchChannelNorm, 4, num_groups=2),
     "bcn_batch": partial(BatchChannelNorm, 4, num_groups=2, estimate=False),
-    "vgg": partial(VGG, ((4,),), in_channels=4, num_groups=2),
+    "vgg": partial(VGG, ((4,),), in_channels=4, norm=partial(BatchChannelNorm, num_groups=2)),
 }
 STANDARDIZING = {
     "conv": partial(WSConv, 4, 6, (3, 3)),
@@ -234,7 +234,9 @@ def test_an_abstract_module_has_the_shapes_and_types_of_a_real_one(make):
 
 
 def make_training(key=0):
-    model = VGG(((4,),), num_groups=2, standardization=WS["nfnet"], rngs=nnx.Rngs(key))
+    conv = partial(WSConv, standardization=WS["nfnet"])
+    norm = partial(BatchChannelNorm, num_groups=2)
+    model = VGG(((4,),), conv=conv, norm=norm, rngs=nnx.Rngs(key))
     return model, nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
 
@@ -314,30 +316,24 @@ def test_two_calls_agree(make):
     np.testing.assert_array_equal(layer(data()), layer(data()))
 
 
-@pytest.mark.parametrize("norm", ["bcn", "bn", "gn"])
-def test_networks_pass_their_options_on(norm):
-    options = {"epsilon": 1e-2, "dtype": jnp.bfloat16, "param_dtype": jnp.float16}
-    batch = {"momentum": 0.5, "axis_name": "data"}
-    gamma = Standardization(gamma=2.0)
+@pytest.mark.parametrize("norm", [BatchChannelNorm, BatchNorm, nnx.BatchNorm, nnx.GroupNorm])
+def test_networks_give_their_types_to_every_layer(norm):
+    options = {"epsilon": 1e-2} | ({} if "BatchNorm" in norm.__name__ else {"num_groups": 2})
     model = build(
-        partial(VGG, ((4,),), in_channels=2, norm=norm, num_groups=2, num_classes=3),
-        estimate=False,
-        standardization=gamma,
-        **options,
-        **batch,
+        partial(VGG, ((4,),), in_channels=2, num_classes=3),
+        conv=partial(WSConv, standardization=Standardization(gamma=2.0)),
+        norm=partial(norm, **options),
+        dtype=jnp.bfloat16,
+        param_dtype=jnp.float16,
     )
     conv, layer, *_ = model.layers
-    assert (conv.in_features, conv.standardization, conv.dtype) == (2, gamma, jnp.bfloat16)
-    assert model.fc.out_features == 3
+    assert (conv.in_features, conv.standardization.gamma, conv.dtype) == (2, 2.0, jnp.bfloat16)
+    assert (model.fc.out_features, model.fc.dtype) == (3, jnp.bfloat16)
     assert model.fc.param_dtype == conv.param_dtype == layer.param_dtype == jnp.float16
+    assert type(layer) is norm
     assert layer.dtype == jnp.bfloat16
-    parts = [layer.batch_norm, layer.channel_norm] if norm == "bcn" else [layer]
+    parts = (layer.batch_norm, layer.channel_norm) if norm is BatchChannelNorm else (layer,)
     assert {part.epsilon for part in parts} == {1e-2}
-    if norm in ("bcn", "bn"):
-        assert type(parts[0]) is BatchNorm
-        assert (parts[0].momentum, parts[0].axis_name) == (0.5, "data")
-    if norm in ("bcn", "gn"):
-        assert parts[-1].num_groups == 2
 
 
 def test_metadata_and_partitioning_reach_the_variables():

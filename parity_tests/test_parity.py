@@ -27,7 +27,7 @@ def test_networks_agree(network):
 
 @pytest.mark.slow
 def test_a_network_as_deep_as_the_published_one_agrees():
-    vgg(DEEP, 32, groups=8, optimizer=adam(2.5e-4), steps=2)
+    vgg(blocks=DEEP, size=32, groups=8, optimizer=adam(2.5e-4), steps=2)
 
 
 @pytest.mark.slow  # so that the compiler optimizes as it does for users

@@ -9,20 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from jax import lax
 from jaxtyping import install_import_hook
 
+from bcn_flax.linen import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import ResNet
-from bcn_flax.models.resnet import shortcut
+from bcn_flax.models.architecture import shortcut
 from bcn_flax.surgery import linen as surgery
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (1, 8, 8, 3))
 LABELS = jnp.arange(4)
 AXES = ("NHWC", "HWIO", "NHWC")
-every_norm = pytest.mark.parametrize("norm", ["bcn", "bn", "gn", "none"])
+NORMS = {
+    "bcn": partial(BatchChannelNorm, num_groups=8),
+    "bn": BatchNorm,
+    "flax bn": nn.BatchNorm,
+    "gn": partial(nn.GroupNorm, num_groups=8),
+    "none": None,
+}
+every_norm = pytest.mark.parametrize("norm", NORMS)
 
-published = partial(ResNet, norm="bn", ws=False)
+published = partial(ResNet, conv=nn.Conv, norm=BatchNorm)
 small = partial(ResNet, depth=8)
 
 
@@ -62,7 +71,7 @@ def make_step(model):
 @cache
 def network(norm):
     """A network, its variables and its step, which compiles once for all tests on single images."""
-    model = small(norm=norm, ws=norm in ("bcn", "gn"))
+    model = small(conv=WSConv if norm in ("bcn", "gn") else nn.Conv, norm=NORMS[norm])
     with jax.default_prng_impl("rbg"):
         return model, init(model), make_step(model)
 
@@ -138,7 +147,7 @@ def plain(params, x):
 
 
 def test_without_a_norm_it_is_the_network_written_down_layer_after_layer():
-    model = small(norm="none", ws=False)
+    model = small(conv=nn.Conv, norm=None)
     # Biases too, as all are 0 at first.
     params = jax.tree.map(
         lambda p: p + 0.05 * jax.random.normal(KEY, p.shape), init(model)["params"]
@@ -149,7 +158,7 @@ def test_without_a_norm_it_is_the_network_written_down_layer_after_layer():
 
 @every_norm
 def test_convolutions_have_a_bias_only_where_no_norm_follows(norm):
-    params = shapes(small(norm=norm))["params"]
+    params = shapes(small(norm=NORMS[norm]))["params"]
     convs = [params["first_conv"], *(params[f"blocks_{i}"]["convs_1"] for i in range(3))]
     assert all(("bias" in conv) == (norm == "none") for conv in convs)
     assert ("first_norm" in params) == (norm != "none")
@@ -163,15 +172,19 @@ def test_every_group_of_the_default_has_several_channels():
     assert sizes == [2, 4, 8]
 
 
-def test_the_arguments_reach_the_norms():
-    options = {"momentum": 0.7, "epsilon": 1e-3, "estimate": False, "num_groups": 4}
-    model = small(**options, batch_epsilon=1e-4, running_variance="unbiased", axis_name="d")
+def test_the_norms_and_convolutions_are_those_given():
+    model = small(
+        conv=partial(nn.Conv, use_bias=False),
+        norm=partial(BatchNorm, momentum=0.7),
+        dtype="bfloat16",
+    )
     bound = model.bind({}, rngs={"params": KEY})
-    for norm in bound.first_norm, bound.blocks[-1].norms[1]:
-        seen = {name: getattr(norm, name) for name in options}
-        assert seen == options
-        assert (norm.batch_epsilon, norm.running_variance) == (1e-4, "unbiased")
-        assert norm.axis_name == "d"
+    for conv, norm in (
+        (bound.first_conv, bound.first_norm),
+        (bound.blocks[-1].convs[1], bound.blocks[-1].norms[1]),
+    ):
+        assert (type(conv), type(norm), norm.momentum) == (nn.Conv, BatchNorm, 0.7)
+        assert conv.dtype == norm.dtype == bound.fc.dtype == "bfloat16"
 
 
 # Training
@@ -188,7 +201,7 @@ def test_a_single_image_gives_finite_logits_and_gradients(norm):
     assert all(kernel["kernel"].any() for kernel in kernels)
 
 
-@pytest.mark.parametrize("norm", ["bcn", "bn"])
+@pytest.mark.parametrize("norm", ["bcn", "bn", "flax bn"])
 def test_statistics_move_in_training_only(norm):
     model, variables, step = network(norm)
     _, _, after, _ = step(variables, IMAGES, LABELS[:1])
@@ -242,15 +255,16 @@ def test_its_norms_fold_into_its_convolutions_but_for_the_channel_norm():
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-# Annotations and complaints
+# Annotations and errors
 
 
 def test_the_annotated_shapes_hold(monkeypatch):
-    """In a copy of the module, the annotations are checked at every call."""
-    name = "bcn_flax.models.resnet"
-    monkeypatch.delitem(sys.modules, name)
-    with install_import_hook(name, "beartype.beartype"):
-        checked = importlib.import_module(name)
+    """In copies of the modules, the annotations are checked at every call."""
+    names = ["bcn_flax.models.architecture", "bcn_flax.models.linen"]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    with install_import_hook(names, "beartype.beartype"):
+        _, checked = map(importlib.import_module, names)
     assert checked.ResNet is not ResNet
     model = checked.ResNet(depth=8, num_classes=7)
     logits = jax.eval_shape(partial(model.apply, train=False), shapes(model), IMAGES)
@@ -288,12 +302,7 @@ def test_another_depth_is_refused(depth, nearest):
             "single image, add the batch axis with x[None].",
         ),
         (
-            small(norm="layer"),
-            IMAGES,
-            "norm must be one of bcn, bn, gn, none, but norm='layer'.",
-        ),
-        (
-            small(num_groups=32),
+            small(norm=BatchChannelNorm),
             IMAGES,
             "num_groups must divide the number of channels, but num_groups=32 and there are 16 "
             "channels. Any of 1, 2, 4, 8, 16 would do.",

@@ -173,14 +173,17 @@ def test_one_export_serves_every_platform():
 def test_networks_pass_their_options_on():
     x = data((2, 4, 4, 3))
 
+    def vgg(dtype=None, **options):
+        return VGG(((8,),), norm=partial(BatchChannelNorm, num_groups=4, **options), dtype=dtype)
+
     def step(variables, x, **options):
-        model = VGG(((8,),), num_groups=4, **options)
+        model = vgg(**options)
         y, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
         return y, updates["batch_stats"]["layers_1"]["batch_norm"]["mean"]
 
     @jax.jit
     def steps(x):
-        variables = VGG(((8,),), num_groups=4).init(jax.random.key(0), x, train=True)
+        variables = vgg().init(jax.random.key(0), x, train=True)
         run = partial(step, variables, x)
         return run(), run(momentum=0.5), run(epsilon=1.0), run(dtype=jnp.bfloat16)
 
@@ -188,8 +191,6 @@ def test_networks_pass_their_options_on():
     np.testing.assert_allclose(by_momentum[1], 5 * mean, rtol=1e-5)
     assert (by_epsilon[0] != y).any()
     assert by_dtype[0].dtype == jnp.bfloat16
-    variables = jax.eval_shape(
-        partial(VGG(((8,),), num_groups=4).init, train=True), jax.random.key(0), x
-    )
+    variables = jax.eval_shape(partial(vgg().init, train=True), jax.random.key(0), x)
     with pytest.raises(NameError, match="devices"):
         jax.eval_shape(partial(step, axis_name="devices"), variables, x)

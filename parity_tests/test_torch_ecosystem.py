@@ -3,6 +3,7 @@
 import copy
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_compiled_a_single_value_per_channel_neither_warns_nor_breaks_the_graph(
 def test_vgg_compiles_into_one_graph():
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = VGG(((8,), (8,)), groups=4).double().eval()
+    model = VGG(((8,), (8,)), norm=partial(BatchChannelNorm, groups=4)).double().eval()
     x = images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_same_but_for_rounding(compiled(x), model(x))

@@ -1,6 +1,7 @@
 """Folded for inference a PyTorch model computes the same, in plain layers."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -43,12 +44,14 @@ def assert_close(actual, expected, *, roundings):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
+bcn = partial(BatchChannelNorm, groups=4)
+small_vgg = partial(VGG, ((8,), (16, 16)), norm=bcn)
 NETWORKS = {
-    "vgg-bcn": lambda: VGG(((8,), (16, 16)), groups=4),
-    "vgg-bcn-batch": lambda: VGG(((8,), (16, 16)), groups=4, estimate=False),
-    "vgg-bn": lambda: VGG(((8,), (16, 16)), norm="bn"),
-    "vgg-bcn-no-ws": lambda: VGG(((8,), (16, 16)), groups=4, ws=False),
-    "vgg-nfnet": lambda: VGG(((8,), (16, 16)), groups=4, standardization=WS["nfnet"]),
+    "vgg-bcn": small_vgg,
+    "vgg-bcn-batch": partial(small_vgg, norm=partial(bcn, estimate=False)),
+    "vgg-bn": partial(small_vgg, norm=BatchNorm),
+    "vgg-bcn-no-ws": partial(small_vgg, conv=nn.Conv2d),
+    "vgg-nfnet": partial(small_vgg, conv=partial(WSConv2d, standardization=WS["nfnet"])),
     "resnet": lambda: convert_batch_norm(ResNet(width=8), groups=4),
 }
 every_network = pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS.keys())
@@ -75,7 +78,7 @@ def test_a_whole_network_folds_and_computes_the_same_to_rounding(make, dtype):
 
 
 def test_folding_vgg_does_away_with_every_scale_shift_and_estimate_of_a_channel():
-    model = VGG(((8,), (16, 16)), groups=4)
+    model = small_vgg()
     folded = fold(model, torch.randn(1, 3, 8, 8))
     assert parameters(model) - parameters(folded) == 2 * (8 + 16 + 16)
     assert not [*folded.buffers()]
@@ -156,7 +159,7 @@ def test_in_half_precision_the_folded_weights_are_rounded_once(dtype):
 
 def test_a_network_in_bfloat16_folds():
     torch.manual_seed(0)
-    model = trained(VGG(((8,), (16, 16)), groups=4), 4, 3, 8, 8).bfloat16()
+    model = trained(small_vgg(), 4, 3, 8, 8).bfloat16()
     x = torch.randn(4, 3, 8, 8, dtype=torch.bfloat16)
     folded = fold(model, x)
     assert {p.dtype for p in folded.parameters()} == {torch.bfloat16}

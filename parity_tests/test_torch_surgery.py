@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -516,10 +517,17 @@ def test_the_estimates_become_the_average_over_the_batches(make, running_varianc
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: VGG(((8,), (8, 8)), groups=2),
-        lambda: VGG(((8,), (8, 8)), norm="bn"),
-        lambda: VGG(
-            ((8,), (8, 8)), groups=2, estimate=False, running_variance="around_running_mean"
+        partial(VGG, ((8,), (8, 8)), norm=partial(BatchChannelNorm, groups=2)),
+        partial(VGG, ((8,), (8, 8)), norm=BatchNorm),
+        partial(
+            VGG,
+            ((8,), (8, 8)),
+            norm=partial(
+                BatchChannelNorm,
+                groups=2,
+                estimate=False,
+                running_variance="around_running_mean",
+            ),
         ),
         lambda: convert_batch_norm(ResNet(width=8), groups=4),
     ],

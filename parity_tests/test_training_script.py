@@ -17,8 +17,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 import tyro
+from flax import linen as nn
 
 import train_cifar
+from bcn_flax import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import ResNet
 from parity_tests.test_training_data import write_cifar10
 from train_cifar import State, Trainer
@@ -298,11 +300,28 @@ def test_smoothed_labels_leave_a_loss_where_the_network_is_sure():
 def test_a_resnet_is_trained_where_one_is_asked_for():
     config = Config(network="resnet", depth=32, norm="gn", dtype="bfloat16")
     recipe = configuration.resolve(config)
-    assert train_cifar.make_model(config, recipe, 100) == ResNet(
-        32, num_classes=100, norm="gn", num_groups=8, momentum=0.95, dtype=jnp.dtype("bfloat16")
+    model = train_cifar.make_model(config, recipe, 100)
+    assert model.clone(norm=None) == ResNet(
+        32, num_classes=100, conv=WSConv, norm=None, dtype=jnp.dtype("bfloat16")
     )
+    assert model.norm.keywords["num_groups"] == 8
     folder = configuration.default_folder(config, recipe)
     assert folder == Path("runs/digits-resnet32-gn-ws-batch32-seed0")
+
+
+@pytest.mark.parametrize(
+    ("norm", "layer", "options"),
+    [
+        ("bcn", BatchChannelNorm, {"num_groups": 16, "estimate": False, "momentum": 0.5}),
+        ("bn", BatchNorm, {"momentum": 0.5}),
+        ("gn", nn.GroupNorm, {"num_groups": 16, "epsilon": 1e-5}),
+    ],
+)
+@pytest.mark.parametrize(("ws", "conv"), [(True, WSConv), (False, nn.Conv)])
+def test_the_network_has_the_layers_asked_for(norm, layer, options, ws, conv):
+    config = Config(norm=norm, ws=ws, estimate=False, norm_momentum=0.5)
+    model = train_cifar.make_model(config, configuration.resolve(config), 10)
+    assert (model.norm.func, model.norm.keywords, model.conv) == (layer, options, conv)
 
 
 def test_without_a_terminal_there_are_plain_lines_within_epochs(capsys):

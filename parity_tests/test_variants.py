@@ -213,9 +213,17 @@ def test_the_annotated_names_are_the_defaults():
 
 @pytest.mark.parametrize("name", BCN)
 def test_networks_take_the_names_too(name):
-    options = {**BCN[name], "num_groups": 4, "standardization": WS["bit"]}
-    linen = models.VGG(((8,),), **options)
-    module = nnx.eval_shape(lambda: nnx_models.VGG(((8,),), **options, rngs=nnx.Rngs(0)))
+
+    def layers(library):
+        return {
+            "norm": partial(library.BatchChannelNorm, num_groups=4, **BCN[name]),
+            "conv": partial(library.WSConv, standardization=WS["bit"]),
+        }
+
+    linen = models.VGG(((8,),), **layers(bcn_flax.linen))
+    module = nnx.eval_shape(
+        lambda: nnx_models.VGG(((8,),), **layers(bcn_flax.nnx), rngs=nnx.Rngs(0))
+    )
     bound = linen.bind({})
     for conv, norm in (bound.layers[:2], module.layers[:2]):
         assert conv.standardization == WS["bit"]

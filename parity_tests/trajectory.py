@@ -11,6 +11,7 @@ pair how far training carries roundings.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -22,6 +23,7 @@ from flax import linen as nn
 from sklearn.datasets import load_digits
 
 import bcn_torch
+from bcn_flax import BatchChannelNorm
 from bcn_flax.models import VGG
 from bcn_flax.parity import AXES, Observation, adam
 from bcn_flax.parity.twins import in_float64, twins
@@ -47,7 +49,8 @@ class Loss(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, labels: jax.Array, train: bool) -> jax.Array:
-        network = VGG(BLOCKS, num_groups=GROUPS, momentum=MOMENTUM, name="network")
+        norm = partial(BatchChannelNorm, num_groups=GROUPS, momentum=MOMENTUM)
+        network = VGG(BLOCKS, norm=norm, name="network")
         losses = optax.softmax_cross_entropy_with_integer_labels(network(images, train), labels)
         return losses.mean()
 
@@ -57,7 +60,8 @@ class TorchLoss(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = bcn_torch.VGG(BLOCKS, in_channels=1, groups=GROUPS, momentum=1 - MOMENTUM)
+        norm = partial(bcn_torch.BatchChannelNorm, groups=GROUPS, momentum=1 - MOMENTUM)
+        self.network = bcn_torch.VGG(BLOCKS, in_channels=1, norm=norm)
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(self.network(images), labels)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from bcn_flax.models import Norm
-from bcn_flax.models.resnet import WIDTHS
+from bcn_flax.models.architecture import WIDTHS
 from training import TrainingError
 from training.data import DatasetName
 
 Network = Literal["vgg", "resnet"]
+Norm = Literal["bcn", "bn", "gn", "none"]
 Optimizer = Literal["adam", "sgd"]
 Schedule = Literal["constant", "cosine", "step"]
 Dtype = Literal["float32", "bfloat16"]

@@ -1,10 +1,8 @@
-"""Networks that use the layers: those of linen. The VGG of NNX is in `bcn_flax.models.nnx`.
+"""Networks that use the layers, in linen. Those of NNX are in `bcn_flax.models.nnx`.
 
-`bcn_torch.VGG` is the same one in PyTorch.
+`bcn_torch.VGG` is the VGG in PyTorch.
 """
 
-from bcn_flax.models.linen import VGG
-from bcn_flax.models.resnet import ResNet
-from bcn_flax.models.vgg import Norm
+from bcn_flax.models.linen import VGG, ResNet
 
-__all__ = ["VGG", "Norm", "ResNet"]
+__all__ = ["VGG", "ResNet"]

@@ -1,8 +1,6 @@
 """The networks in NNX."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,44 +8,40 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from bcn_flax import checks
-from bcn_flax.convolution import conv_general_dilated
-from bcn_flax.models import vgg
-from bcn_flax.nnx import BatchChannelNorm, BatchNorm, WSConv
-from bcn_flax.norms import RunningVariance
-from bcn_flax.weight_standardization import Standardization
+from bcn_flax.models import architecture
+from bcn_flax.models.architecture import BLOCKS, max_pool, relu
+from bcn_flax.models.convolution import conv_general_dilated
+from bcn_flax.nnx import BatchChannelNorm, WSConv
+
+Make = Callable[..., Any]
+"""A class of layers, or a `partial` of one."""
 
 
 class VGG(nnx.Module):
     """`bcn_flax.models.VGG` in NNX, with the same parameters: `layers_0` there is `layers[0]` here.
 
     Example:
+        >>> from functools import partial
         >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from bcn_flax.models.nnx import VGG
-        >>> model = VGG(blocks=((32, 32), (64, 64)), in_channels=1, rngs=nnx.Rngs(0))
+        >>> from bcn_flax.nnx import BatchChannelNorm
+        >>> norm = partial(BatchChannelNorm, num_groups=16)
+        >>> model = VGG(blocks=((32,), (64,)), in_channels=1, norm=norm, rngs=nnx.Rngs(0))
         >>> model.eval()
         >>> logits = model(jnp.ones((1, 8, 8, 1)))
     """
 
     def __init__(
         self,
-        blocks: Sequence[Sequence[int]] = vgg.BLOCKS,
+        blocks: Sequence[Sequence[int]] = BLOCKS,
         *,
         in_channels: int = 3,
         num_classes: int = 10,
-        norm: vgg.Norm = "bcn",
-        ws: bool = True,
-        num_groups: int = 32,
-        estimate: bool = True,
-        momentum: float = 0.9,
-        epsilon: float = 1e-5,
+        conv: Make = WSConv,
+        norm: Make | None = BatchChannelNorm,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
-        axis_name: str | None = None,
-        batch_epsilon: float | None = None,
-        running_variance: RunningVariance = "biased",
-        standardization: Standardization = Standardization(),
         rngs: nnx.Rngs,
     ) -> None:
         """Make the layers.
@@ -56,54 +50,34 @@ class VGG(nnx.Module):
             blocks: the features of each convolution, block by block.
             in_channels: channels of the images.
             num_classes: number of logits.
-            norm: after each convolution: "bcn" (`BatchChannelNorm`), "bn" (`BatchNorm`), "gn"
-                (Flax's `GroupNorm`) or "none".
-            ws: whether the convolutions standardize their weights.
-            num_groups: number of groups of the channel or group norm.
-            estimate: see `BatchChannelNorm`.
-            momentum: the weight of the old running average.
-            epsilon: of the norms.
-            dtype: of the computation; by default what the input and the parameters promote to.
+            conv: the class of the convolutions, `WSConv` or `nnx.Conv`, or a `partial` of one. On a
+                CPU they compute small images as in `bcn_flax.models.convolution`.
+            norm: the class of the norms, for example `BatchChannelNorm`, `nnx.BatchNorm` or
+                `nnx.GroupNorm`, or a `partial` of one; None for no norms.
+            dtype: of the computation, in all layers; by default what the input and the parameters
+                promote to.
             param_dtype: of the parameters.
-            axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
-            batch_epsilon: see `BatchChannelNorm`.
-            running_variance: see `BatchNorm`.
-            standardization: of the standardized weights.
             rngs: random numbers for the initializers.
 
         Raises:
-            ValueError: an argument is out of its range, or groups do not divide the channels.
+            ValueError: `blocks` has an empty block or none, or groups do not divide the channels.
         """
+        architecture.require_blocks(blocks)
         self.halvings = len(blocks)
-        self.norm = norm
-        self.num_groups = num_groups
-        self.estimate = estimate
-        self.momentum = momentum
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.axis_name = axis_name
-        self.batch_epsilon = batch_epsilon
-        self.running_variance = running_variance
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        convolution = partial(WSConv, standardization=standardization) if ws else nnx.Conv
-        widths = iter((in_channels, *chain(*blocks)))
-
-        def conv(features: int) -> Callable[..., Array]:
-            return convolution(
-                next(widths),
-                features,
-                kernel_size=(3, 3),
-                padding=1,
-                conv_general_dilated=conv_general_dilated,
-                **shared,
-            )
-
-        make_norm = vgg.choose_norm(self, BatchChannelNorm, BatchNorm, nnx.GroupNorm)
-        self.layers = nnx.List(
-            vgg.layers(blocks, conv, make_norm and partial(make_norm, rngs=rngs))
-        )
-        self.fc = nnx.Linear(next(widths), num_classes, **shared)
+        small: dict[str, Any] = {"conv_general_dilated": conv_general_dilated}
+        layers: list[Callable[..., Array]] = []
+        last = in_channels
+        for block in blocks:
+            for features in block:
+                layers.append(conv(last, features, (3, 3), padding=1, **small, **shared))
+                if norm is not None:
+                    layers.append(norm(features, **shared))
+                layers.append(relu)
+                last = features
+            layers.append(max_pool)
+        self.layers = nnx.List(layers)
+        self.fc = nnx.Linear(last, num_classes, **shared)
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
         """The logits of each image.
@@ -111,7 +85,7 @@ class VGG(nnx.Module):
         Raises:
             ValueError: the blocks would pool the image away, or it is not `(n, h, w, c)`.
         """
-        checks.image_size(x.shape, self.halvings)
+        architecture.require_image_size(x.shape, self.halvings)
         for layer in self.layers:
             x = layer(x)
         return self.fc(x.mean((1, 2)))

@@ -1,7 +1,12 @@
 """Convolutions of images smaller than the window, in a form that is fast on a CPU.
 
-XLA exchanges the operands of such a convolution, and what comes of that takes 15 to 40 times as
-long on a CPU as the products that it consists of. A VGG ends with 3x3 windows on 2x2 images.
+XLA exchanges the operands of such a convolution, and the result takes 15 to 40 times as long on a
+CPU as the matrix products that it consists of. A VGG ends with 3x3 windows on 2x2 images.
+
+The networks use it in all their convolutions. Any layer of Flax takes it, too:
+
+    nn.Conv(512, (3, 3), conv_general_dilated_cls=conv_general_dilated_cls)
+    nnx.Conv(512, 512, (3, 3), conv_general_dilated=conv_general_dilated, rngs=rngs)
 """
 
 import math
@@ -26,8 +31,8 @@ def conv_general_dilated(
 ) -> Float[Array, "n *out features"]:
     """`lax.conv_general_dilated` as Flax's layers call it: the same result, to rounding.
 
-    Where the window has more pixels than the image, it is on a CPU one matrix product for each
-    pixel of the output. The platform is the one that the program is lowered for.
+    On a CPU, if the window has more pixels than the image, it is one matrix product for each pixel
+    of the output. The platform is the one that the program is lowered for.
     """
 
     def convolve(x: Array, kernel: Array) -> Array:
@@ -42,15 +47,15 @@ def conv_general_dilated(
         range(-low, size + high - width + 1, stride)
         for size, width, stride, (low, high) in zip(space, window, strides, padding, strict=True)
     ]
-    # More pixels than those of the window: padding, most of it, and a program without an end.
+    # An output with more pixels than the window is mostly padding, and its program would be long.
     if not 0 < math.prod(map(len, starts)) <= math.prod(window):
         return convolve(x, kernel)
     by_pixel = partial(_by_pixel, starts=starts, precision=options.get("precision"))
     return lax.platform_dependent(x, kernel, cpu=by_pixel, default=convolve)
 
 
-def for_linen() -> Callable[..., Array]:
-    """The function above, for the argument `conv_general_dilated_cls` of `nn.Conv`."""
+def conv_general_dilated_cls() -> Callable[..., Array]:
+    """Return `conv_general_dilated`, as the argument of `nn.Conv` with this name has to."""
     return conv_general_dilated
 
 
@@ -60,7 +65,7 @@ def _is_larger(window: Sequence[int], space: Sequence[int]) -> bool:
 
 
 def _is_plain(x: Array, options: Mapping[str, Any]) -> bool:
-    """Whether it is a sliding window of real numbers, and nothing more."""
+    """Whether it is a sliding window over real numbers, without any other option."""
     ones = (1,) * (x.ndim - 2)
     plain = {
         "lhs_dilation": ones,
