@@ -17,8 +17,7 @@ from flax import linen as nn
 from flax import nnx
 
 import bcn_flax.nnx
-from bcn_flax.parity import AXES, CHANNELS, Comparison, Tolerance, assert_parity
-from bcn_flax.parity.comparison import Oracle
+from bcn_flax.parity import AXES, CHANNELS, Comparison, Oracle, Tolerance, assert_parity
 from bcn_flax.variants import WS
 from parity_tests import oracle as exact
 from parity_tests.oracle_side import Adam, OracleSide, Sgd

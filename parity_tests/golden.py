@@ -7,7 +7,6 @@ written only if PyTorch agrees with the oracle.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rich.console import Console
 from rich.table import Table
 
-from bcn_flax.parity import Observation, Side
+from bcn_flax.parity import Implementation, Observation
 from bcn_flax.parity.errors import eps, error
 from bcn_flax.parity.flax_side import FlaxSide, forward_of
 from parity_tests.cases import BCN, BCN_BY_BATCH, CONV, DENSE, NORMS, Case
@@ -44,7 +43,7 @@ def write(name: str) -> None:
     """Write the file of a case, if all implementations agree. Needs PyTorch."""
     case, arrays, phases = CASES[name], {}, 0
 
-    def recorded_oracle(variables: Mapping[str, Any]) -> Side:
+    def recorded_oracle(variables: Mapping[str, Any]) -> Implementation:
         oracle = case.oracle_side(variables)
         flat = flatten_dict(variables, sep="/").items()
         arrays.update({f"variables/{path}": np.asarray(x, case.param_dtype) for path, x in flat})
@@ -67,7 +66,7 @@ def write(name: str) -> None:
     allowed = {
         f"phase {order.index(row.phase)}/{row.name}": row.allowed
         for row in rows
-        if row.sides[0].startswith("Flax")
+        if row.implementations[0].startswith("Flax")
     }
     arrays["allowed"] = np.asarray(json.dumps(allowed))
     FOLDER.mkdir(exist_ok=True)
@@ -89,7 +88,6 @@ def verify(name: str, api: str = "linen") -> float:
         jax.tree.map(jnp.asarray, variables(arrays)),
         case.optimizer.pair().flax,
         jit=True,
-        precision=nullcontext,
     )
     allowed = json.loads(str(arrays["allowed"]))
     # On a TPU products of float32 are rounded to less by default: ask for full precision.
@@ -138,7 +136,7 @@ def variables(arrays: Arrays) -> dict[str, Any]:
     return unflatten_dict({path[1:]: x for path, x in parts.items() if path[0] == "variables"})
 
 
-def replay(side: Side, arrays: Arrays, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+def replay(side: Implementation, arrays: Arrays, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Run an implementation on the inputs in a file: each number with its key in the file."""
     for i in range(sum(key.endswith("/train") for key in arrays)):
         x, dy = (arrays[f"phase {i}/{key}"].astype(dtype) for key in ("input", "output gradient"))

@@ -6,7 +6,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bcn_flax import parity
-from bcn_flax.parity.observations import observation
+from bcn_flax.parity import observation
 
 
 class Sgd(NamedTuple):
@@ -45,7 +45,7 @@ class Adam(NamedTuple):
 
 
 class OracleSide:
-    """A `bcn_flax.parity.Side` that computes without JAX and PyTorch.
+    """A `bcn_flax.parity.Implementation` that computes without JAX and PyTorch.
 
     Args:
         layer: of `parity_tests.oracle`.

@@ -104,8 +104,9 @@ def _quantities(comparison: Comparison) -> Iterator[Record]:
 
 
 def _from_oracle(rows: list[Row], side: str) -> float | None:
-    errors = [_ulps(r) for r in rows if r.sides[1] == ORACLE and r.sides[0].startswith(side)]
-    return max(errors, default=None)
+    compared = [row for row in rows if row.implementations[1] == ORACLE]
+    of_side = [_ulps(row) for row in compared if row.implementations[0].startswith(side)]
+    return max(of_side, default=None)
 
 
 def _ulps(row: Row) -> float:

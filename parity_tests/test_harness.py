@@ -215,7 +215,7 @@ def test_equal_networks_agree(mlp, optimizer):
     phases = list(dict.fromkeys(row.phase for row in comparison.rows))
     steps = [f"training step {i}" for i in (1, 2, 3)]
     assert phases == ["evaluation", *steps, "evaluation after training"]
-    assert list(dict.fromkeys(row.sides for row in comparison.rows)) == [
+    assert list(dict.fromkeys(row.implementations for row in comparison.rows)) == [
         ("Flax, jitted", "PyTorch"),
         ("Flax, eager", "PyTorch"),
         ("Flax in float64", "PyTorch in float64"),
@@ -308,7 +308,7 @@ def test_half_precision_agrees_without_a_word():
     inputs = VECTORS.astype(jnp.bfloat16)
     dense, linear = nn.Dense(3, dtype=jnp.bfloat16), torch.nn.Linear(5, 3).bfloat16()
     comparison = assert_parity(dense, linear, inputs, **QUICK)
-    assert {row.sides[0] for row in comparison.rows} == {"Flax, jitted"}
+    assert {row.implementations[0] for row in comparison.rows} == {"Flax, jitted"}
     assert any(
         note.startswith("Given float64, Flax still computes in a narrower type somewhere")
         for note in comparison.notes
@@ -367,16 +367,16 @@ def test_batch_norms_are_told_apart_by_momentum_and_variance(cnn):
     assert comparison.hints == (
         "bn: momentum is 0.99 in Flax and 0.1 in PyTorch, where it is the weight of the new value: "
         "0.9 in Flax's words.",
-        "bn/var goes to 1.01408 times Flax's in PyTorch, which is n / (n - 1) for n = 72 values: "
-        "biased in Flax, unbiased in PyTorch.",
-        "They differ in float64 as well: this is no rounding, they compute different things.",
+        "bn/var converges to 1.01408 times Flax's value in PyTorch, which is n / (n - 1) for n = "
+        "72 values: biased in Flax, unbiased in PyTorch.",
+        "They differ in float64 as well: the cause is not rounding, they compute different things.",
     )
 
 
 def test_with_the_same_momentum_the_variance_remains():
     comparison = compare(flax_cnn(momentum=0.9), torch_cnn(), IMAGES, **QUICK)
     assert first_failures(comparison) == ("training step 1", {"statistic bn/var"})
-    assert [hint.startswith("bn/var goes to 1.01408 times") for hint in comparison.hints] == [
+    assert [hint.startswith("bn/var converges to 1.01408 times") for hint in comparison.hints] == [
         True,
         False,
     ]
@@ -405,8 +405,8 @@ def test_the_first_module_that_differs_is_named(mlp):
         module.function = lambda self, x: self.out(torch.relu(self.hidden(x)))
     comparison = compare(mlp, module, VECTORS, **QUICKEST)
     assert comparison.hints[0] == (
-        "In evaluation and training, the first module whose output differs is out; the last before "
-        "it that agrees is hidden."
+        "In evaluation and training, the first module whose output differs is out; the last one "
+        "before it that agrees is hidden."
     )
 
 
@@ -493,20 +493,20 @@ def test_a_constant_in_float32_is_told_from_another_formula():
     """Both multiply by 0.1, and only one rounds it, which only float64 shows."""
     flax = Flax(lambda _, x: x * jnp.asarray(np.float32(0.1)))
     comparison = compare(flax, Torch(lambda _, x: x * 0.1), VECTORS, **QUICKEST)
-    assert {row.sides[0] for row in failures(comparison)} == {"Flax in float64"}
+    assert {row.implementations[0] for row in failures(comparison)} == {"Flax in float64"}
     assert comparison.hints[0].startswith(
-        "They differ in float64 as well, by no more than roundings of float32 do: a small constant"
+        "They differ in float64 as well, but no more than by roundings of float32: a small constant"
     )
 
 
 def test_training_that_blows_up_is_noticed():
     flax, module = flax_mlp(approximate=True), torch_mlp()
     comparison = compare(flax, module, VECTORS, optimizer=sgd(1e5), **QUICK)
-    diverges = r"Training diverges: .* grows to .* times its size, and every rounding with it\."
+    diverges = r"Training diverges: .* grows to .* times its size, and every rounding error grows"
     assert any(re.match(diverges, hint) for hint in comparison.hints)
 
 
-# Which side is farther from the truth
+# Which side is less accurate
 
 
 def standardized(correction):
@@ -539,16 +539,16 @@ def test_the_side_that_rounds_more_is_named(sides, farther):
     comparison = compare(*sides, VECTORS + 300, **QUICKEST)
     output = next(row for row in comparison.rows if str(row.name) == "output")
     assert not output.passed
-    assert output.from_truth.farther == farther
-    assert max(output.from_truth) > 10 * min(output.from_truth)
-    assert f"; {farther} is farther from the truth" in str(comparison)
-    assert comparison.hints[-1].startswith("In float64 they are as near as its precision")
+    assert output.accuracy.less_accurate == farther
+    assert max(output.accuracy) > 10 * min(output.accuracy)
+    assert f"; {farther} is less accurate" in str(comparison)
+    assert comparison.hints[-1].startswith("In float64 they agree to its precision")
 
 
 def test_where_formulas_differ_nobody_is_said_to_be_nearer():
     comparison = compare(*standardized(0.1), VECTORS, **QUICKEST)
     assert not comparison.passed
-    assert all(row.from_truth is None for row in comparison.rows)
+    assert all(row.accuracy is None for row in comparison.rows)
 
 
 class Doubled:
@@ -573,16 +573,16 @@ def twice(by=2.0):
 
 def test_an_oracle_judges_both():
     comparison = assert_parity(*twice(), VECTORS, oracle=Doubled(), **QUICK)
-    assert {row.sides for row in comparison.rows} == {
+    assert {row.implementations for row in comparison.rows} == {
         ("Flax, jitted", "the oracle"),
         ("PyTorch", "the oracle"),
     }
     comparison = compare(*twice(2.1), VECTORS, oracle=Doubled(), **QUICK)
-    assert {row.sides[0] for row in failures(comparison)} == {"Flax, jitted"}
-    assert all(row.from_truth.farther == "Flax" for row in failures(comparison))
+    assert {row.implementations[0] for row in failures(comparison)} == {"Flax, jitted"}
+    assert all(row.accuracy.less_accurate == "Flax" for row in failures(comparison))
     comparison = compare(*twice(), VECTORS, oracle=Doubled(factor=3.0), **QUICKEST)
-    assert {row.sides[0] for row in failures(comparison)} == {"Flax, jitted", "PyTorch"}
-    assert {row.from_truth.farther for row in comparison.rows if row.from_truth} == {"neither"}
+    assert {row.implementations[0] for row in failures(comparison)} == {"Flax, jitted", "PyTorch"}
+    assert {row.accuracy.less_accurate for row in comparison.rows if row.accuracy} == {"neither"}
 
 
 def test_what_the_oracle_does_not_show_is_compared_all_the_same():
@@ -590,7 +590,7 @@ def test_what_the_oracle_does_not_show_is_compared_all_the_same():
     flax = Flax(lambda _, x: 2 * doubled_gradient(x))
     comparison = compare(flax, twice()[1], VECTORS, oracle=oracle, **QUICKEST)
     failed = failures(comparison)
-    assert [(row.sides, str(row.name)) for row in failed] == [
+    assert [(row.implementations, str(row.name)) for row in failed] == [
         (("Flax, jitted", "PyTorch"), "input gradient")
     ]
 
@@ -665,7 +665,9 @@ def test_a_small_error_in_one_weight_is_found():
     variables["params"]["out"]["kernel"] = variables["params"]["out"]["kernel"].at[2, 1].mul(1.0001)
     comparison = compare(flax, module, VECTORS, variables=variables, weights="own", **QUICKEST)
     assert first_failures(comparison) == ("initial weights", {"parameter out/kernel"})
-    assert {row.sides[0] for row in failures(comparison) if str(row.name) == "output"} == {
+    assert {
+        row.implementations[0] for row in failures(comparison) if str(row.name) == "output"
+    } == {
         "Flax, jitted",
         "Flax in float64",
     }
@@ -746,8 +748,8 @@ def test_the_weights_are_whose_they_are_said_to_be(weights):
     size = begun_with(comparison, "parameter kernel")
     assert size == {"torch": 2, "flax": 3, "own": 2}.get(weights, size)
     assert weights != "random" or 0 < size < 2
-    same = 'Say weights="random" to draw values for all.'
-    assert any(note.endswith(f"seen: kernel. {same}") for note in comparison.notes) == (
+    same = 'Pass weights="random" to draw values for all.'
+    assert any(note.endswith(f"noticed: kernel. {same}") for note in comparison.notes) == (
         weights != "random"
     )
 
@@ -792,9 +794,12 @@ def test_each_step_may_have_its_own_inputs():
     ]
     module = torch.nn.Linear(5, 3)
     for steps, problem in (
-        (-1, "steps must be their number, or a list of the inputs of each, but it is -1."),
-        (VECTORS, "steps must be their number, or a list of the inputs of each, but it is of type"),
-        ([(VECTORS, VECTORS)], "as many inputs as there are in evaluation, 1, but steps[0] has 2."),
+        (-1, "steps must be a number of steps, or a list of the inputs of each, but it is -1."),
+        (
+            VECTORS,
+            "steps must be a number of steps, or a list of the inputs of each, but it is of type",
+        ),
+        ([(VECTORS, VECTORS)], "as many inputs as evaluation has, 1, but steps[0] has 2."),
     ):
         with pytest.raises(ValueError, match=re.escape(problem)):
             compare(nn.Dense(3), module, VECTORS, steps=steps)
@@ -826,24 +831,24 @@ def test_each_step_may_have_its_own_inputs():
             torch.nn.Linear(5, 3),
             [VECTORS],
             "inputs must be an array, or a tuple of arrays if there are several, but there is a "
-            "list. Give np.asarray(x) if it is one input, tuple(x) if it holds all of them; for "
-            "inputs that have names, put a small module around yours.",
+            "list. Pass np.asarray(x) if it is one input, tuple(x) if it holds all of them; if the "
+            "inputs have names, wrap your module in one that takes a tuple.",
         ),
         (
             Flax(lambda _, x: (x, x)),
             torch.nn.Identity(),
             VECTORS,
-            "Both modules must return as many arrays, one at least, but Flax's returns 2, of "
-            "shapes [(6, 5), (6, 5)], and PyTorch's 1, of shapes [(6, 5)]. Tuples, lists and "
-            "dictionaries are taken apart; where there is anything else, put a small module around "
-            "yours that returns a tuple.",
+            "Both modules must return the same number of arrays, at least one, but Flax's returns "
+            "2, of shapes [(6, 5), (6, 5)], and PyTorch's 1, of shapes [(6, 5)]. Tuples, lists and "
+            "dictionaries are flattened; if there is anything else, wrap your module in one that "
+            "returns a tuple.",
         ),
         (
             Flax(lambda _, x: x + 1j),
             Torch(lambda _, x: x + 1j),
             VECTORS,
-            "Outputs must be real, but there are complex ones, whose gradients the two sides "
-            "define differently. Put small modules around yours that return real and imaginary "
+            "Outputs must be real, but there are complex ones, whose gradients the two libraries "
+            "define differently. Wrap your modules in modules that return real and imaginary "
             "parts.",
         ),
     ],
@@ -858,10 +863,12 @@ def test_modules_of_float64_are_compared_in_it():
     x = VECTORS.astype(np.float64)
     comparison = assert_parity(nn.Dense(3), torch.nn.Linear(5, 3).double(), x, **QUICKEST)
     assert {row.dtype for row in comparison.rows} == {np.dtype(np.float64)}
-    assert {row.sides[0] for row in comparison.rows} == {"Flax, jitted"}
+    assert {row.implementations[0] for row in comparison.rows} == {"Flax, jitted"}
 
 
-NO = "The two sides cannot draw the same random numbers, so there must be no"
+NOT_RANDOM = (
+    "Modules must be deterministic, since the two sides cannot draw the same random numbers, but"
+)
 
 
 @pytest.mark.parametrize(
@@ -870,27 +877,28 @@ NO = "The two sides cannot draw the same random numbers, so there must be no"
         (
             nn.Dense(3),
             torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Dropout(0.1)),
-            "dropout, but there is in PyTorch's 1. Set its p to 0 there, and its rate in Flax.",
+            "PyTorch's module has dropout in 1. Set p to 0 there, and the rate to 0 in Flax.",
         ),
         (
             Flax(lambda _, x: x),
             Torch(lambda self, x: torch.nn.functional.dropout(x, 0.1, self.training)),
-            "chance in the modules, but PyTorch's draws random numbers in training.",
+            "PyTorch's module draws random numbers. Switch that off for the comparison, on both "
+            "sides.",
         ),
         (
             FlaxWithModes(lambda _, x, t: nn.Dropout(0.1, name="drop")(x, deterministic=not t)),
             torch.nn.Dropout(0.0),
-            "dropout, but there is in Flax's drop. Set its rate to 0 there, and its p in PyTorch.",
+            "Flax's module has dropout in drop. Set the rate to 0 there, and p to 0 in PyTorch.",
         ),
         (
             nnx.Dropout(0.1, rngs=nnx.Rngs(0)),
             torch.nn.Identity(),
-            "dropout, but there is in Flax's the module itself. Set its rate to 0 there, and its p "
+            "Flax's module has dropout in the module itself. Set the rate to 0 there, and p to 0 "
             "in PyTorch.",
         ),
     ],
     ids=["PyTorch's", "PyTorch's function", "linen's", "NNX's"],
 )
 def test_dropout_is_refused(flax, module, problem):
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{NO} {problem}')}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{NOT_RANDOM} {problem}')}$"):
         compare(flax, module, VECTORS)

@@ -13,7 +13,7 @@ from flax import nnx
 
 import bcn_flax
 from bcn_flax import interop
-from bcn_flax.parity.tolerances import roundings
+from bcn_flax.parity.errors import roundings
 from parity_tests import layout
 from parity_tests.tolerances import assert_close
 

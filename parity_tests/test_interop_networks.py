@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from bcn_flax import interop
-from bcn_flax.parity.tolerances import roundings
+from bcn_flax.parity.errors import roundings
 from parity_tests import layout
 from parity_tests.test_interop_layers import assert_same_state, normal, randomize, shapes
 from parity_tests.tolerances import assert_close

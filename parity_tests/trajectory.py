@@ -25,8 +25,8 @@ from sklearn.datasets import load_digits
 import bcn_torch
 from bcn_flax import BatchChannelNorm
 from bcn_flax.models import VGG
-from bcn_flax.parity import AXES, Observation, adam
-from bcn_flax.parity.twins import in_float64, twins
+from bcn_flax.parity import Observation, adam
+from bcn_flax.parity.pair import module_pair
 
 # The network that `train_cifar.py` trains on the digits.
 BLOCKS, GROUPS, MOMENTUM, BATCH_SIZE = ((32, 32), (64, 64)), 16, 0.95, 32
@@ -110,14 +110,13 @@ def _train(steps: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, lis
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = TorchLoss()
-    settings = {"weights": "torch", "variables": None, "call": None, "axes": AXES}
-    narrow = twins(Loss(), module, next(batches()), **settings, rng=np.random.default_rng(0))
+    narrow = module_pair(Loss(), module, next(batches()))
     implementations = {
         (dtype, framework): implementation
-        for dtype, pair in (("float32", narrow), ("float64", in_float64(narrow)))
+        for dtype, pair in (("float32", narrow), ("float64", narrow.in_float64()))
         for framework, implementation in (
-            ("Flax", pair.flax_side(adam(RATE), jit=True)),
-            ("PyTorch", pair.torch_side(adam(RATE))),
+            ("Flax", pair.new_flax_side(adam(RATE))),
+            ("PyTorch", pair.new_torch_side(adam(RATE))),
         )
     }
     losses = {dtype: {"Flax": [], "PyTorch": []} for dtype in ("float32", "float64")}

@@ -1,28 +1,29 @@
-"""Prove that a Flax and a PyTorch module compute the same, or find out where they part.
+"""Prove that a Flax and a PyTorch module compute the same, or find out where they differ.
 
     from bcn_flax.parity import assert_parity
 
     def test_my_port():
         assert_parity(FlaxNet(), TorchNet(), images)
 
-`images` lie as Flax wants them. The weights are PyTorch's, moved by `bcn_flax.interop`; or Flax's,
-or each side's own, or random ones, which leave no two layers alike: `weights` says. What is
-compared is all that can be seen: outputs, statistics, gradients of inputs and parameters, and the
+`images` are in Flax's order of axes. `weights` chooses the weights: PyTorch's, converted by
+`bcn_flax.interop`; Flax's; each side's own; or random ones, so that no two layers are equal. All
+that can be observed is compared: outputs, statistics, gradients of inputs and parameters, and the
 parameters after each step of an optimizer; in evaluation, in training, and in evaluation again;
 eager and jitted. `compare` does the same and returns the `Comparison`, which prints as a report.
 
-How to read it: what differs first explains what differs later, and comes first. The table has the
-largest error of each quantity, absolute, relative, in units in the last place, and as a share of
-what is allowed, which follows from the dtype, the number of terms, and what the model makes of a
-rounding (`bcn_flax.parity.tolerances`). Both modules run in float64, too. Where they agree there,
-the report says which of them is farther from the truth in float32; where not, they compute
-different things, and it says what it found: the first layer whose output differs, another epsilon,
-another momentum, a biased variance here and an unbiased one there.
+How to read the report: the first difference comes first and explains the later ones. The table has
+the largest error of each quantity: absolute, relative, in units in the last place, and as a share
+of the allowed error. That follows from the dtype, the number of terms, and how the model amplifies
+rounding errors (`bcn_flax.parity.errors`). Both modules also run in float64. If they agree there,
+the report says which of them is less accurate in float32. If not, they compute different things,
+and the report says what it found: the first module whose output differs, another epsilon, another
+momentum, a biased variance in one and an unbiased one in the other.
 
-What the harness cannot know, say: `axes`, whether three axes have channels to move; `names`, which
-module is which; `call`, how your module is told that it trains; `oracle`, where you have a truth of
-your own; and `rules`, which variable is which tensor and how its axes lie. If Flax's kernel is
-`(features, heads, size)` where PyTorch has `(heads * size, features)`:
+Some things the caller has to say: `axes`, the order of the axes of an array with three of them;
+`names`, which module is which; `call`, how your module is told that it trains; `oracle`, if you
+have an independent implementation; and `rules`, which variable is which tensor and how its axes are
+ordered. For example, if Flax's kernel is `(features, heads, size)` and PyTorch's
+`(heads * size, features)`:
 
     def of_heads(torch_shape, flax_shape, facts):
         if len(flax_shape) != 3:
@@ -41,28 +42,38 @@ your own; and `rules`, which variable is which tensor and how its axes lie. If F
 PyTorch is imported only by a comparison.
 """
 
-from bcn_flax.parity.axes import AXES, CHANNELS, SAME, AxisOrder
 from bcn_flax.parity.comparison import assert_parity, compare
-from bcn_flax.parity.observations import Name, Observation, Side, observation
-from bcn_flax.parity.optimizers import Optimizer, adam, sgd
+from bcn_flax.parity.errors import Accuracy, Row, Tolerance
+from bcn_flax.parity.judging import ORACLE, Oracle
+from bcn_flax.parity.protocol import (
+    AXES,
+    CHANNELS,
+    SAME,
+    AxisOrder,
+    Implementation,
+    Name,
+    Observation,
+    Optimizer,
+    adam,
+    observation,
+    sgd,
+)
 from bcn_flax.parity.report import Comparison
-from bcn_flax.parity.rows import Row
-from bcn_flax.parity.sides import ORACLE, Oracle
-from bcn_flax.parity.tolerances import Tolerance
 
 __all__ = [
     "AXES",
     "CHANNELS",
     "ORACLE",
     "SAME",
+    "Accuracy",
     "AxisOrder",
     "Comparison",
+    "Implementation",
     "Name",
     "Observation",
     "Optimizer",
     "Oracle",
     "Row",
-    "Side",
     "Tolerance",
     "adam",
     "assert_parity",

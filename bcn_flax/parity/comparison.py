@@ -1,28 +1,28 @@
 """Compare a Flax and a PyTorch module, number by number, through evaluation and training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from bcn_flax import interop
+from bcn_flax.interop import Names, Rules
 from bcn_flax.interop.layers import Transposed
-from bcn_flax.interop.layouts import Rules
-from bcn_flax.interop.naming import Names
-from bcn_flax.parity import checks, flax_side, judging, notes
-from bcn_flax.parity import tolerances as tolerance_rules
-from bcn_flax.parity.axes import AXES, Axes
-from bcn_flax.parity.diagnosis import explanations
+from bcn_flax.parity import judging
+from bcn_flax.parity.diagnosis import different_settings, explanations
+from bcn_flax.parity.errors import Row, Tolerance
 from bcn_flax.parity.flax_side import Call, Module
-from bcn_flax.parity.optimizers import Optimizer, sgd
-from bcn_flax.parity.phases import Inputs, phases
+from bcn_flax.parity.judging import Inputs, Oracle
+from bcn_flax.parity.pair import ModulePair, Probe, Weights, module_pair
+from bcn_flax.parity.protocol import AXES, Axes, Optimizer, module_name, sgd, to_float64
 from bcn_flax.parity.report import Comparison
-from bcn_flax.parity.settings import different_settings
-from bcn_flax.parity.sides import ORACLE as ORACLE
-from bcn_flax.parity.sides import Oracle, precisions, sides
-from bcn_flax.parity.tolerances import Tolerance
-from bcn_flax.parity.twins import Weights, in_float64, twins
+
+_SHOWN = 4  # names
+_DETERMINISTIC = (
+    "Modules must be deterministic, since the two sides cannot draw the same random numbers, but"
+)
 
 
 def assert_parity(
@@ -37,16 +37,16 @@ def assert_parity(
     Args:
         flax_module: of linen or NNX.
         torch_module: with the same architecture.
-        inputs: an array, or a tuple of them, in Flax's order of axes.
+        inputs: an array, or a tuple of arrays, in Flax's order of axes.
         **options: see `compare`.
 
     Returns:
-        The comparison, to print or to look closer.
+        The comparison, to print or to examine.
 
     Raises:
-        AssertionError: the modules differ; the message says where, by how much, which side is
-            farther from the truth, and what may explain it.
-        ValueError: they cannot be compared; the message says what to do.
+        AssertionError: the modules differ; the message says where, by how much, which side is less
+            accurate, and what may explain the difference.
+        ValueError: the modules cannot be compared; the message says what to do.
     """
     __tracebackhide__ = True
     comparison = compare(flax_module, torch_module, inputs, **options)
@@ -76,66 +76,60 @@ def compare(
     call: Call | None = None,
     seed: int = 0,
 ) -> Comparison:
-    """Compare a Flax and a PyTorch module through evaluation, training and evaluation again.
+    """Compare a Flax and a PyTorch module in evaluation, in training, and in evaluation again.
 
-    Both get the same weights, inputs and output gradients, and go on by themselves. After each
+    Both get the same weights, inputs and output gradients, and then run independently. After each
     step, everything that can be observed is compared: outputs, statistics, the gradients of the
-    inputs and of each parameter, and each parameter after the optimizer's step; Flax jitted and
-    eager, both against PyTorch. Neither module is changed.
+    inputs and of each parameter, and each parameter after the optimizer's step. Flax runs jitted
+    and eagerly, and both are compared with PyTorch. Neither module is changed.
 
-    How far they may be apart follows from the dtype, the size of the reductions, and what the model
-    makes of roundings: see `bcn_flax.parity.tolerances`. Values that are not finite must be the
+    The allowed error follows from the dtype, the size of the reductions, and how the model
+    amplifies rounding errors: see `bcn_flax.parity.errors`. Array that are not finite must be the
     same, at the same places.
 
-    The same comparison is made of both modules in float64. If they agree there, that is the truth
-    that tells which side is farther from it in the precision at hand. If they do not, they compute
-    different things, and no tolerance will help.
+    The same comparison is made of both modules in float64. If they agree there, float64 is the
+    reference that tells which side is less accurate in the precision at hand. If they do not, they
+    compute different things, and no tolerance will help.
 
     Args:
         flax_module: of linen or NNX.
         torch_module: with the same architecture.
-        inputs: an array, or a tuple of them, in Flax's order of axes.
-        variables: linen's, where `weights` says that they count.
-        weights: whose count: "torch", PyTorch's, moved to Flax; "flax", the other way round;
-            "own", each side's own, as they are; or "random", values drawn anew for every parameter
-            and statistic, so that no mix-up of equal ones goes unseen.
-        steps: of training, on the same inputs; or the inputs of each step.
-        optimizer: on both sides; by default stochastic gradient descent with momentum.
+        inputs: an array, or a tuple of arrays, in Flax's order of axes.
+        variables: linen's, if `weights` says that they are used.
+        weights: which weights are used: "torch", PyTorch's, converted to Flax; "flax", Flax's,
+            converted to PyTorch; "own", each side's own, as they are; or "random", new values for
+            every parameter and statistic, so that exchanging equal ones is noticed.
+        steps: the number of training steps on the same inputs, or the inputs of each step.
+        optimizer: of both sides; by default stochastic gradient descent with momentum.
         eager: whether to run Flax eagerly too.
-        oracle: makes, of Flax's variables in float64, a `Side` that computes the truth
-            independently. All are then compared with it, and with each other in what it does not
-            show.
-        tolerances: other tolerances for some numbers, the last that fits; one that is wider must
-            give a reason.
-        precision: the narrowest dtype to compute in, by default that of the numbers; float32
-            demands of a layer for bfloat16 that it only rounds its results.
-        axes: how those of inputs and outputs lie, by rank or by name, as in
+        oracle: makes from Flax's variables in float64 an `Implementation` that computes the
+            expected values independently. All others are compared with it, and with each other in
+            what it does not show.
+        tolerances: other tolerances for some arrays; the last that matches takes precedence. A
+            wider one must give a reason.
+        precision: the narrowest dtype to compute in, by default that of the modules and inputs.
+            With float32 a layer for bfloat16 may only round its results.
+        axes: the order of the axes of inputs and outputs, by rank or by name, as in
             `{**AXES, 3: SAME, "input 1": SAME}`.
         names: which of PyTorch's modules is which of Flax's: see `bcn_flax.interop.match`.
         rules: which variables have which names and layouts: see `bcn_flax.interop.match`.
         transposed: see `bcn_flax.interop.match`.
         flattened: see `bcn_flax.interop.match`.
-        call: keyword arguments of a call of Flax's module, of whether it trains; by default
-            `train`, `use_running_average` or `deterministic`, if the module has such an argument.
+        call: function from `train: bool` to the keyword arguments of a call of Flax's module; by
+            default `train`, `use_running_average` or `deterministic`, if the module has such an
+            argument.
         seed: of the output gradients and of random weights.
 
     Raises:
         ValueError: the weights do not match, the order of axes is not known, inputs and modules are
-            of different precision, a wider tolerance has no reason, or there is dropout; the
-            message says what to do.
+            of different precision, a wider tolerance has no reason, or a module draws random
+            numbers; the message says what to do.
     """
-    tolerance_rules.check(tolerances)
-    checks.refuse_dropout(torch_module)
-    matching: dict[str, Any] = {
-        "names": names,
-        "rules": rules,
-        "transposed": transposed,
-        "flattened": flattened,
-    }
-    rng = np.random.default_rng(seed)
-    plan = phases(inputs, steps)
-    first = plan[0].inputs
-    native = twins(
+    _require_reasons(tolerances)
+    _refuse_dropout(torch_module)
+    plan = judging.phases(inputs, steps)
+    first, rng = plan[0].inputs, np.random.default_rng(seed)
+    native = module_pair(
         flax_module,
         torch_module,
         first,
@@ -143,33 +137,124 @@ def compare(
         variables=variables,
         call=call,
         axes=axes,
+        matcher=partial(
+            interop.match, names=names, rules=rules, transposed=transposed, flattened=flattened
+        ),
         rng=rng,
-        **matching,
     )
-    checks.refuse_noise(native, first)
-    checks.refuse_other_outputs(native, first)
-    wide, wide_first = in_float64(native, **matching), flax_side.in_float64(first)
-    errors = precisions(native, plan, precision)
-    narrowing = [] if native.wide or oracle else wide.narrowing(wide_first)
-    rows = judging.initial(native) if weights == "own" else []
-    misshapen = judging.misshapen(native, first)
+    wide = native.in_float64()
+    probe = wide.probe(first)
+    _refuse_random_numbers(probe)
+    _require_comparable_outputs(probe)
+    errors = judging.precisions(native, plan, precision)
+    narrowing = [] if native.flax.wide or oracle else probe.narrowing
+    rows = judging.initial_weights(native) if weights == "own" else []
+    misshapen = judging.different_shapes(probe)
     rows += misshapen
     if not misshapen:
-        everybody = sides(
+        made = judging.implementations(
             native,
             wide,
             optimizer or sgd(),
             errors,
             eager=eager,
             oracle=oracle,
-            compare_wide=not (native.wide or oracle or narrowing),
+            compare_wide=not (native.flax.wide or oracle or narrowing),
         )
-        judge = judging.Judge(errors, tolerances)
-        for phase in plan:
-            rows += judge.rows(phase, judging.observe(phase, everybody, native, rng))
-        judging.check_names(tolerances, rows)
-    hints = list(different_settings(wide, wide_first))
+        rows += judging.compare_phases(plan, native, made, errors, tolerances, rng)
+        _require_matches(tolerances, rows)
+    hints = list(different_settings(wide, probe))
     if not all(row.passed for row in rows):
-        hints = explanations(wide, wide_first, hints, rows)
-    said = notes.of(torch_module, native, weights, narrowing)
-    return Comparison(tuple(rows), native.match, tuple(said), tuple(hints))
+        hints = explanations(wide, to_float64(first), probe, hints, rows)
+    notes = _notes(torch_module, native, weights, narrowing)
+    return Comparison(tuple(rows), native.match, tuple(notes), tuple(hints))
+
+
+def _require_reasons(tolerances: Sequence[Tolerance]) -> None:
+    """Refuse a wider tolerance without a reason, and a factor that is not positive."""
+    for tolerance in tolerances:
+        if not tolerance.factor > 0:
+            raise ValueError(f"The factor of a tolerance must be positive, but: {tolerance}.")
+        if tolerance.factor > 1 and not tolerance.reason.strip():
+            raise ValueError(
+                f"A wider tolerance needs a reason, which the report prints, but: {tolerance}."
+            )
+
+
+def _require_matches(tolerances: Sequence[Tolerance], rows: Sequence[Row]) -> None:
+    """Refuse a tolerance that matches no array: its pattern must be misspelled."""
+    for tolerance in tolerances:
+        if not any(tolerance.matches(row.name) for row in rows):
+            names = sorted({str(row.name) for row in rows})
+            raise ValueError(f"{tolerance} matches none of the arrays compared: {names}.")
+
+
+def _refuse_dropout(torch_module: Any) -> None:
+    names = [
+        name or type(part).__name__
+        for name, part in torch_module.named_modules()
+        if "Dropout" in type(part).__name__ and part.p > 0
+    ]
+    if names:
+        raise ValueError(
+            f"{_DETERMINISTIC} PyTorch's module has dropout in {', '.join(names)}. Set p to 0 "
+            "there, and the rate to 0 in Flax."
+        )
+
+
+def _refuse_random_numbers(probe: Probe) -> None:
+    if any(calls.torch.random for calls in probe):
+        raise ValueError(
+            f"{_DETERMINISTIC} PyTorch's module draws random numbers. Switch that off for the "
+            "comparison, on both sides."
+        )
+    if paths := probe.training.flax.random or probe.evaluation.flax.random:
+        names = ", ".join(map(module_name, paths))
+        raise ValueError(
+            f"{_DETERMINISTIC} Flax's module has dropout in {names}. Set the rate to 0 there, and "
+            "p to 0 in PyTorch."
+        )
+
+
+def _require_comparable_outputs(probe: Probe) -> None:
+    """Refuse modules that return no arrays, different numbers of them, or complex numbers."""
+    flax, torch = probe.evaluation.flax.outputs, probe.evaluation.torch.outputs
+    if len(flax) != len(torch) or not flax:
+        shapes = [y.shape for y in flax], [y.shape for y in torch.values()]
+        raise ValueError(
+            "Both modules must return the same number of arrays, at least one, but Flax's returns "
+            f"{len(flax)}, of shapes {shapes[0]}, and PyTorch's {len(torch)}, of shapes "
+            f"{shapes[1]}. Tuples, lists and dictionaries are flattened; if there is anything "
+            "else, wrap your module in one that returns a tuple."
+        )
+    if any(np.issubdtype(y.dtype, np.complexfloating) for y in flax):
+        raise ValueError(
+            "Outputs must be real, but there are complex ones, whose gradients the two libraries "
+            "define differently. Wrap your modules in modules that return real and imaginary "
+            "parts."
+        )
+
+
+def _notes(
+    torch_module: Any, native: ModulePair, weights: Weights, narrowing: Sequence[str]
+) -> Iterator[str]:
+    """What a reader should know, whether the modules agree or not."""
+    if narrowing:
+        yield (
+            f"Given float64, {' and '.join(narrowing)} still compute{'s' * (len(narrowing) == 1)} "
+            "in a narrower type somewhere, as a cast or a `dtype` says. So there is no comparison "
+            "in float64, and formulas cannot be told from roundings."
+        )
+    frozen = [name for name, p in torch_module.named_parameters() if not p.requires_grad]
+    if frozen:
+        yield f"Trained here, though PyTorch has them frozen: {_listed(frozen)}."
+    if weights != "random" and (same := native.constants()):
+        yield (
+            "These have a single value each, as in a fresh module, so that exchanging them would "
+            f'not be noticed: {_listed(same)}. Pass weights="random" to draw values for all.'
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
+    return ", ".join(names[:_SHOWN]) + more

@@ -1,94 +1,213 @@
 """What may explain that two modules differ."""
 
+import math
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from bcn_flax.parity import modules
-from bcn_flax.parity.errors import eps, narrowest
-from bcn_flax.parity.movements import different_movements
-from bcn_flax.parity.observations import Values
-from bcn_flax.parity.rows import Row
-from bcn_flax.parity.sides import FLAX_64, JITTED, TORCH, TORCH_64
-from bcn_flax.parity.twins import Twins
+from bcn_flax.interop import trees
+from bcn_flax.interop.layouts import Array, path_name
+from bcn_flax.parity.errors import Row, eps, narrowest
+from bcn_flax.parity.judging import FLAX_64, JITTED, TORCH, TORCH_64
+from bcn_flax.parity.pair import Calls, ModulePair, Probe
+from bcn_flax.parity.protocol import Implementation, Name, module_name, sgd
 
-_GROWTH = 1e3  # of a parameter in training, beyond which it diverges
+_GROWTH = 1e3  # of a parameter in training, beyond which training diverges
+
+# Arguments with the same meaning, in Flax and in PyTorch.
+_ARGUMENTS = (
+    ("epsilon", "eps"),
+    ("num_groups", "num_groups"),
+    ("negative_slope", "negative_slope"),
+)
 
 
 def explanations(
-    them: Twins, inputs: Sequence[Values], settings: Sequence[str], rows: Sequence[Row]
+    pair: ModulePair,
+    inputs: Sequence[Array],
+    probe: Probe,
+    settings: Sequence[str],
+    rows: Sequence[Row],
 ) -> list[str]:
     """Sentences for the reader.
 
     Args:
-        them: in float64.
-        inputs: of the first call.
-        settings: in which their layers differ.
+        pair: in float64.
+        inputs: of the first call, in float64.
+        probe: of the pair.
+        settings: the sentences of `different_settings`.
         rows: of the comparison.
     """
-    # The rates of the statistics tell of a momentum that no argument tells of.
+    # The rate of a running average shows a momentum that no argument shows.
     rates = not any("momentum" in sentence for sentence in settings)
     return [
-        *_first_modules(them, inputs),
+        *_first_modules(pair, probe),
         *settings,
-        *different_movements(them, inputs, rates),
+        *_statistics_drift(pair, inputs, probe, rates),
         *_optimizers(rows),
         *_divergence(rows),
         *_formulas(rows),
     ]
 
 
-def _first_modules(them: Twins, inputs: Sequence[Values]) -> Iterator[str]:
-    """Where on the way forward the outputs begin to differ, in evaluation and in training."""
+def different_settings(pair: ModulePair, probe: Probe) -> Iterator[str]:
+    """A sentence for each argument that differs between a layer of Flax and its counterpart."""
+    flax = probe.training.flax.modules
+    torch = dict(pair.torch.named_modules())
+    for path, name in pair.modules().items():
+        one, other = flax.get(path), torch[name]
+        for flax_name, torch_name in _ARGUMENTS:
+            a, b = getattr(one, flax_name, None), getattr(other, torch_name, None)
+            if _is_other_number(a, b):
+                yield (
+                    f"{module_name(path)}: {flax_name} is {a:g} in Flax, and {torch_name} {b:g} in "
+                    "PyTorch."
+                )
+        a, b = getattr(one, "momentum", None), getattr(other, "momentum", None)
+        if b is not None and _is_other_number(a, 1 - b):
+            yield (
+                f"{module_name(path)}: momentum is {a:g} in Flax and {b:g} in PyTorch, where it is "
+                f"the weight of the new value: {1 - b:g} in Flax's words."
+            )
+
+
+def _is_other_number(a: Any, b: Any) -> bool:
+    return isinstance(a, int | float) and isinstance(b, int | float) and not math.isclose(a, b)
+
+
+def _first_modules(pair: ModulePair, probe: Probe) -> Iterator[str]:
+    """The first module whose outputs differ, in evaluation and in training."""
+    paths = {name: path for path, name in pair.modules().items()}
     found: dict[str, list[str]] = {}
-    for mode, train in (("evaluation", False), ("training", True)):
-        for sentence in _first_module(them, inputs, train):
+    for mode, calls in zip(("evaluation", "training"), probe, strict=True):
+        for sentence in _first_module(paths, calls):
             found.setdefault(sentence, []).append(mode)
     for sentence, modes in found.items():
         yield f"In {' and '.join(modes)}, {sentence}"
 
 
-def _first_module(them: Twins, inputs: Sequence[Values], train: bool) -> Iterator[str]:
-    paths = {name: path for path, name in modules.pairs(them).items()}
-    flax = modules.flax_calls(them, inputs, train)
-    torch = modules.torch_calls(them, inputs, train)
-    agree = None
-    for name in torch:
+def _first_module(paths: dict[str, tuple[str, ...]], calls: Calls) -> Iterator[str]:
+    flax, agreeing = calls.flax.run(), None
+    for name, torch in calls.torch.returned.items():
         path = paths.get(name)
         if path is None or path not in flax:
             continue
-        if not _differ(flax[path], torch[name]):
-            agree = path
+        if not _clearly_differ(flax[path], torch):
+            agreeing = path
             continue
-        sentence = f"the first module whose output differs is {modules.written(path)}"
-        if agree is not None:
-            sentence += f"; the last before it that agrees is {modules.written(agree)}"
+        sentence = f"the first module whose output differs is {module_name(path)}"
+        if agreeing is not None:
+            sentence += f"; the last one before it that agrees is {module_name(agreeing)}"
         yield f"{sentence}."
         return
 
 
-def _differ(flax: Sequence[Values], torch: Sequence[Values]) -> bool:
-    """Whether outputs clearly differ: in number, in size, or in value in any order of the axes."""
-    return len(flax) != len(torch) or any(map(_clearly_differ, flax, torch))
+def _clearly_differ(flax: Sequence[Array], torch: Sequence[Array]) -> bool:
+    """Whether outputs differ in number, in size, or in value in any order of the axes."""
+    return len(flax) != len(torch) or not all(map(_roughly_equal, flax, torch))
 
 
-def _clearly_differ(a: Values, b: Values) -> bool:
+def _roughly_equal(a: Array, b: Array) -> bool:
     orders = [x for x in (b, *([np.moveaxis(b, 1, -1)] * (b.ndim > 2))) if x.shape == a.shape]
     if not orders:
-        return a.size != b.size
-    return not any(_agree(a, order) for order in orders)
+        return a.size == b.size
+    return any(_half_of_digits_agree(a, order) for order in orders)
 
 
-def _agree(a: Values, b: Values) -> bool:
-    """Whether two arrays of one shape agree in half of their digits."""
+def _half_of_digits_agree(a: Array, b: Array) -> bool:
     near = eps(narrowest((a.dtype, b.dtype))) ** 0.5
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     largest = np.abs(b[np.isfinite(b)]).max(initial=0.0)
     return np.allclose(a, b, rtol=near, atol=near * largest, equal_nan=True)
 
 
+class _Drift(NamedTuple):
+    """How a running statistic changes if the same batch is repeated.
+
+    Attributes:
+        rate: the part of the distance to the limit that it covers in each step; None if that is not
+            the same for all channels.
+        limit: the value that it converges to, which is the statistic of the batch.
+    """
+
+    rate: float | None
+    limit: Array
+
+
+def _statistics_drift(
+    pair: ModulePair, inputs: Sequence[Array], probe: Probe, rates: bool
+) -> Iterator[str]:
+    """How the running statistics of the two sides change differently; `rates`: how fast, too."""
+    start = {
+        Name("statistic", path_name(path[1:])): np.asarray(leaf)
+        for path, leaf in trees.flax_leaves(pair.flax.variables).items()
+        if path[0] == "batch_stats"
+    }
+    if not start:
+        return
+    # With a rate of 0 the parameters, and so the statistics of the batch, stay the same.
+    fixed = sgd(rate=0.0)
+    zeros = [np.zeros(y.shape, y.dtype) for y in probe.training.flax.outputs]
+
+    def observed(side: Implementation) -> dict[Name, _Drift]:
+        first, second = (side(inputs, zeros, True) for _ in range(2))
+        return {name: _drift(start[name], first[name], second[name]) for name in start}
+
+    flax, torch = observed(pair.new_flax_side(fixed)), observed(pair.new_torch_side(fixed))
+    for name in start:
+        if rates:
+            yield from _different_rates(name.path, flax[name].rate, torch[name].rate)
+        yield from _different_limits(name.path, flax[name], torch[name])
+
+
+def _drift(start: Array, first: Array, second: Array) -> _Drift:
+    step = first - start
+    large = np.abs(step) > 1e-6 * np.abs(step).max(initial=0.0)
+    if not large.any():
+        return _Drift(0.0, first)
+    rates = 1 - (second - first)[large] / step[large]
+    if not np.allclose(rates, rates[0], rtol=1e-6) or not rates[0] > 0:
+        return _Drift(None, first)
+    return _Drift(float(np.median(rates)), start + step / np.median(rates))
+
+
+def _different_rates(path: str, flax: float | None, torch: float | None) -> Iterator[str]:
+    if flax is None or torch is None or math.isclose(flax, torch, rel_tol=1e-6):
+        return
+    yield (
+        f"{path} moves {flax:.3g} of the way to the batch's at each step in Flax and {torch:.3g} "
+        f"in PyTorch, as if momentum were {1 - flax:.3g} in Flax, where it is the weight of the "
+        f"old value, and {torch:.3g} in PyTorch, where it is the weight of the new one."
+    )
+    if math.isclose(flax + torch, 1, rel_tol=1e-6):
+        yield (
+            "One momentum is 1 minus what it should be. Perhaps it was copied from the other "
+            "library unchanged."
+        )
+
+
+def _different_limits(path: str, flax: _Drift, torch: _Drift) -> Iterator[str]:
+    if not flax.rate or not torch.rate or not flax.limit.all():
+        return
+    ratios = torch.limit / flax.limit
+    ratio = float(np.median(ratios))
+    if not np.allclose(ratios, ratio, rtol=1e-6) or math.isclose(ratio, 1, rel_tol=1e-9):
+        return
+    sentence = f"{path} converges to {ratio:.6g} times Flax's value in PyTorch"
+    values = 1 / (1 - min(ratio, 1 / ratio))
+    if path.endswith("var") and abs(values - round(values)) < 1e-3:
+        correction, kinds = (
+            ("n / (n - 1)", "biased in Flax, unbiased in PyTorch")
+            if ratio > 1
+            else ("(n - 1) / n", "unbiased in Flax, biased in PyTorch")
+        )
+        sentence += f", which is {correction} for n = {round(values)} values: {kinds}"
+    yield f"{sentence}."
+
+
 def _optimizers(rows: Sequence[Row]) -> Iterator[str]:
-    """Whether it is the optimizer's steps alone that differ, in the first phase that does."""
+    """Whether the first phase with a difference differs only in the steps of the optimizers."""
     failed = [row for row in rows if not row.passed]
     first = {row.name.quantity for row in failed if row.phase == failed[0].phase}
     if first == {"parameter"} and failed[0].phase.startswith("training"):
@@ -99,7 +218,7 @@ def _optimizers(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _divergence(rows: Sequence[Row]) -> Iterator[str]:
-    """Whether training blows up, and so every rounding with it."""
+    """Whether training diverges, which amplifies every rounding error."""
     scales: dict[str, list[float]] = {}
     for row in rows:
         if row.name.quantity == "parameter":
@@ -109,30 +228,33 @@ def _divergence(rows: Sequence[Row]) -> Iterator[str]:
     if path and growth[path] > _GROWTH:
         yield (
             f"Training diverges: {path} grows to {growth[path]:.2g} times its size, and every "
-            "rounding with it. Give an optimizer with a smaller rate."
+            "rounding error grows with it. Pass an optimizer with a smaller rate."
         )
 
 
 def _formulas(rows: Sequence[Row]) -> Iterator[str]:
-    """Whether it is a matter of rounding at all."""
+    """Whether the cause is rounding or another formula."""
     native = {
         (row.phase, row.name): row.error.absolute.error
         for row in rows
-        if row.sides == (JITTED, TORCH)
+        if row.implementations == (JITTED, TORCH)
     }
-    wide = [row for row in rows if row.sides == (FLAX_64, TORCH_64)]
+    wide = [row for row in rows if row.implementations == (FLAX_64, TORCH_64)]
     failed = [row for row in wide if not row.passed]
     if not wide:
         return
     if all(row.error.absolute.error < 1e-3 * native[row.phase, row.name] for row in failed):
         yield (
-            "In float64 they are as near as its precision: they compute the same, and one rounds "
-            "more. The table says which is farther from the truth."
+            "In float64 they agree to its precision: they compute the same, and one of them rounds "
+            "more. The table says which is less accurate."
         )
     elif max(row.worst.error for row in failed) * eps(np.float64) < eps(np.float32):
         yield (
-            "They differ in float64 as well, by no more than roundings of float32 do: a small "
-            "constant differs, or something is computed in float32 on one side even there."
+            "They differ in float64 as well, but no more than by roundings of float32: a small "
+            "constant differs, or one side computes something in float32 even there."
         )
     else:
-        yield "They differ in float64 as well: this is no rounding, they compute different things."
+        yield (
+            "They differ in float64 as well: the cause is not rounding, they compute different "
+            "things."
+        )

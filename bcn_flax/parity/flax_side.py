@@ -1,10 +1,9 @@
-"""Flax's side: a linen or an NNX module as a pure function of its variables."""
+"""The Flax side: a linen or NNX module as a pure function, which is traced and trained."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +11,188 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import nnx
+from flax.core.tracers import current_trace
+from flax.errors import InvalidRngError
+from jax.extend.core import jaxprs_in_params
 
 from bcn_flax.interop import trees
+from bcn_flax.interop.layouts import Array, Path, is_array
 from bcn_flax.interop.trees import Variables
-from bcn_flax.parity.observations import Observation, Values, numbered, observation
+from bcn_flax.parity.protocol import (
+    Observation,
+    float64_enabled,
+    is_differentiable,
+    numbered,
+    observation,
+    to_float64,
+)
 
 Module = nn.Module | nnx.Module
 Call = Callable[[bool], Mapping[str, Any]]
-# Of variables, inputs and whether to train: the outputs, and the statistics afterwards.
+# From variables, inputs and whether to train to the outputs and the statistics after the call.
 Forward = Callable[[Variables, Sequence[Any], bool], tuple[Any, dict[str, Any]]]
 
 
+class FlaxTrace(NamedTuple):
+    """A call of a Flax module, traced and not run.
+
+    Attributes:
+        outputs: their shapes and dtypes.
+        modules: by path, the modules that were called; for NNX, all modules.
+        random: the paths of modules that draw random numbers. If there are any, the rest may be
+            missing.
+        narrows: whether a value of float64 becomes narrower.
+        run: runs the call and returns the outputs of each module, by path. A module that is called
+            several times has those of its first call; one inside of a transformation has none.
+    """
+
+    outputs: list[jax.ShapeDtypeStruct]
+    modules: dict[Path, Any]
+    random: list[Path]
+    narrows: bool
+    run: Callable[[], dict[Path, list[Array]]]
+
+
+class FlaxModel(NamedTuple):
+    """A Flax module with its variables.
+
+    Attributes:
+        module: of linen or NNX.
+        variables: parameters and statistics, or their shapes, in linen's form.
+        call: from whether to train to the keyword arguments of a call.
+        wide: whether it computes in float64.
+        forward: the module as a pure function.
+    """
+
+    module: Module
+    variables: Variables
+    call: Call
+    wide: bool
+    forward: Forward
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The parameters and statistics."""
+        return jax.tree.leaves(self.variables)
+
+    def in_float64(self) -> "FlaxModel":
+        """The same module and variables in float64."""
+        return flax_model(self.module, self.variables, [], self.call, wide=True)
+
+    def randomized(self, rng: np.random.Generator) -> "FlaxModel":
+        """The same module with different values for all parameters and statistics.
+
+        Kernels keep the scale of their inputs; everything else, such as a variance, is near 1.
+        """
+
+        def draw(x: Any) -> jax.Array:
+            if len(x.shape) < 2:
+                return jnp.asarray(rng.uniform(0.5, 1.5, x.shape).astype(x.dtype))
+            fan_in = np.prod(x.shape[:-1])
+            return jnp.asarray((rng.standard_normal(x.shape) / np.sqrt(fan_in)).astype(x.dtype))
+
+        with float64_enabled(self.wide):
+            return self._replace(variables=jax.tree.map(draw, nn.unbox(self.variables)))
+
+    def output_shapes(self, inputs: Sequence[Array], train: bool) -> list[jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of the outputs."""
+        # JAX keeps traces of the same function with the same shapes.
+        forward = jax.jit(self.forward, static_argnums=2)
+        with float64_enabled(self.wide):
+            outputs, _ = forward.eval_shape(self.variables, list(inputs), train)
+        return jax.tree.leaves(outputs)
+
+    def trace(self, inputs: Sequence[Array], train: bool) -> FlaxTrace:
+        """Trace a call."""
+        called: dict[Path, Any] = {}
+        random: list[Path] = []
+        if isinstance(self.module, nnx.Module):
+            called = {
+                trees.linen_path(place): part for place, part in nnx.iter_modules(self.module)
+            }
+            random = [path for path, part in called.items() if _rate(part) > 0]
+        with float64_enabled(self.wide):
+            try:
+                traced = jax.jit(partial(self._recorded, called, train=train)).trace(
+                    self.variables, list(inputs)
+                )
+            except InvalidRngError:
+                return FlaxTrace([], called, [*called][-1:], False, dict)
+
+        def run() -> dict[Path, list[Array]]:
+            with float64_enabled(self.wide):
+                _, returned = traced.lower().compile()(self.variables, list(inputs))
+            return jax.tree.map(np.asarray, returned)
+
+        outputs = jax.tree.leaves(traced.out_info[0])
+        return FlaxTrace(outputs, called, random, _narrows(traced.jaxpr.jaxpr), run)
+
+    def _recorded(
+        self, called: dict[Path, Any], variables: Variables, inputs: Sequence[Any], *, train: bool
+    ) -> tuple[Any, dict[Path, list[Any]]]:
+        """The outputs of the module and of all modules inside; notes those that are called."""
+        returned: dict[Path, list[Any]] = {}
+        trace = current_trace()
+
+        def record(path: Path, outputs: Any) -> None:
+            if current_trace() == trace:  # and not inside of nn.scan or the like
+                leaves = jax.tree.leaves(outputs)
+                returned.setdefault(path, [y for y in leaves if is_array(y)])
+
+        def intercept(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+            called.setdefault(context.module.path, context.module)
+            outputs = method(*args, **kwargs)
+            if context.method_name == "__call__":
+                record(context.module.path, outputs)
+            return outputs
+
+        if isinstance(self.module, nnx.Module):
+            forward = forward_of(_recording(self.module, record), self.call)
+            return forward(variables, inputs, train)[0], returned
+        with nn.intercept_methods(intercept):
+            return self.forward(variables, inputs, train)[0], returned
+
+
+def flax_model(
+    module: Module,
+    variables: Variables | None,
+    inputs: Sequence[Array],
+    call: Call | None,
+    *,
+    wide: bool,
+) -> FlaxModel:
+    """A module with its variables.
+
+    Args:
+        module: of linen or NNX; is not changed.
+        variables: its parameters and statistics; None for NNX's own, or the shapes of linen's.
+        inputs: of a call, from which these shapes follow.
+        call: see `compare`.
+        wide: whether to compute in float64.
+    """
+    call = call or mode_argument(module)
+    with float64_enabled(wide):
+        if variables is None:
+            variables = _initial_variables(module, inputs, call)
+        if wide:
+            variables = to_float64(variables)
+        if isinstance(module, nnx.Module):
+            module = trees.replace_leaves(nnx.clone(module), trees.flax_leaves(variables))
+    return FlaxModel(module, variables, call, wide, forward_of(module, call))
+
+
+def _initial_variables(module: Module, inputs: Sequence[Array], call: Call) -> Variables:
+    """NNX's variables, or the shapes of linen's."""
+    if isinstance(module, nnx.Module):
+        return trees.variables_of(module)
+    # Other values replace the initial ones, so the keys do not matter.
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
+    initial = nn.unbox(jax.eval_shape(partial(module.init, **call(False)), keys, *inputs))
+    return {name: initial[name] for name in ("params", "batch_stats") if name in initial}
+
+
 def mode_argument(module: Module) -> Call:
-    """How a call of the module is told whether it trains, by the names of its arguments."""
+    """From whether to train to the argument of the module that says so, found by its name."""
     arguments = inspect.signature(module.__call__).parameters
     for name in ("train", "training", "is_training"):
         if name in arguments:
@@ -36,49 +204,15 @@ def mode_argument(module: Module) -> Call:
 
 
 def forward_of(module: Module, call: Call | None) -> Forward:
-    """The module as a function; `call` tells its keyword arguments, of whether to train."""
+    """The module as a pure function; `call` maps whether to train to keyword arguments."""
     call = call or mode_argument(module)
     if isinstance(module, nn.Module):
         return partial(_linen_forward, module, call)
     return partial(_nnx_forward, module, call)
 
 
-def shapes_of(module: Module, inputs: Sequence[Values], call: Call | None) -> dict[str, Any]:
-    """The shapes of the module's variables."""
-    if isinstance(module, nnx.Module):
-        return shapes(trees.variables_of(module))
-    keywords = (call or mode_argument(module))(False)
-    # PyTorch's weights replace all initial values: the keys are of no consequence.
-    keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-    variables = jax.eval_shape(partial(module.init, **keywords), keys, *inputs)
-    return {name: variables[name] for name in ("params", "batch_stats") if name in variables}
-
-
-def shapes(variables: Variables) -> dict[str, Any]:
-    """Of arrays or shapes, boxed or not, the shapes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nn.unbox(variables))
-
-
-def in_float64(tree: Any) -> Any:
-    """Arrays or shapes, those of floating point in float64. Wants `jax.enable_x64`."""
-
-    def wide(x: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, jnp.float64)
-        return x.astype(np.float64)
-
-    return jax.tree.map(wide, tree)
-
-
-def is_differentiable(x: Any) -> bool:
-    """Whether it is of floating point."""
-    return jnp.issubdtype(x.dtype, jnp.floating)
-
-
 class FlaxSide:
-    """A module in training, eager or compiled."""
+    """A Flax module in training, eager or compiled."""
 
     def __init__(
         self,
@@ -87,28 +221,28 @@ class FlaxSide:
         optimizer: optax.GradientTransformation,
         *,
         jit: bool,
-        precision: Callable[[], AbstractContextManager[Any]],
+        wide: bool = False,
     ) -> None:
         """Start from the variables.
 
         Args:
             forward: the module as a function.
-            variables: to begin with.
+            variables: the initial ones.
             optimizer: of the parameters.
             jit: whether to compile the step.
-            precision: the context in which JAX has the dtypes of the variables.
+            wide: whether to compute in float64, which the variables and inputs have then.
         """
-        self._forward, self._optimizer, self._precision = forward, optimizer, precision
+        self._forward, self._optimizer, self._wide = forward, optimizer, wide
         self._variables = variables
-        with precision():
+        with float64_enabled(wide):
             self._state = optimizer.init(variables.get("params", {}))
         self._step = jax.jit(self._compute, static_argnames="train") if jit else self._compute
 
     def __call__(
-        self, inputs: Sequence[Values], output_gradients: Sequence[Values], train: bool
+        self, inputs: Sequence[Array], output_gradients: Sequence[Array], train: bool
     ) -> Observation:
-        """Go forward and back, and in training take a step of the optimizer."""
-        with self._precision():
+        """Run forward and backward; in training, take a step of the optimizer."""
+        with float64_enabled(self._wide):
             arrays = [list(map(jnp.asarray, values)) for values in (inputs, output_gradients)]
             self._variables, self._state, outputs, dx, gradients = self._step(
                 self._variables, self._state, *arrays, train=train
@@ -147,7 +281,7 @@ class FlaxSide:
 
 
 def _cotangents(outputs: Sequence[jax.Array], gradients: Sequence[jax.Array]) -> list[Any]:
-    """The outputs' gradients, in their types; an output of integers has none."""
+    """The outputs' gradients in the outputs' dtypes; integers have none."""
     return [
         dy.astype(y.dtype) if is_differentiable(y) else np.zeros(y.shape, jax.dtypes.float0)
         for y, dy in zip(outputs, gradients, strict=True)
@@ -157,7 +291,7 @@ def _cotangents(outputs: Sequence[jax.Array], gradients: Sequence[jax.Array]) ->
 def _linen_forward(
     module: nn.Module, call: Call, variables: Variables, inputs: Sequence[Any], train: bool
 ) -> tuple[Any, dict[str, Any]]:
-    # Statistics may be written in evaluation too, so that one that moves there is seen.
+    # Statistics are mutable in evaluation too, so that one that changes there is noticed.
     outputs, updates = module.apply(variables, *inputs, **call(train), mutable=["batch_stats"])
     return outputs, dict(updates)
 
@@ -170,3 +304,45 @@ def _nnx_forward(
     outputs = module(*inputs, **call(train))
     after = trees.variables_of(module)
     return outputs, {name: after[name] for name in ("batch_stats",) if name in after}
+
+
+def _rate(module: Any) -> float:
+    """The dropout rate of a module."""
+    rates = (getattr(module, name, 0.0) for name in ("rate", "dropout_rate"))
+    return max(rate if isinstance(rate, int | float) else 0.0 for rate in rates)
+
+
+def _recording(module: nnx.Module, record: Callable[[Path, Any], None]) -> nnx.Module:
+    """A copy of a module whose parts record what they return: each gets a class of its own."""
+    module = nnx.clone(module)
+    for place, part in list(nnx.iter_modules(module)):
+        kind = _recording_class(type(part), trees.linen_path(place), record)
+        object.__setattr__(part, "__class__", kind)
+    return module
+
+
+def _recording_class(kind: Any, path: Path, record: Callable[[Path, Any], None]) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = kind.__call__(self, *args, **kwargs)
+        record(path, outputs)
+        return outputs
+
+    return type(kind)(kind.__name__, (kind,), {"__call__": call})
+
+
+def _narrows(jaxpr: Any) -> bool:
+    """Whether an operation takes float64 and returns something narrower."""
+    return any(map(_equation_narrows, jaxpr.eqns))
+
+
+def _equation_narrows(equation: Any) -> bool:
+    inner = list(jaxprs_in_params(equation.params))
+    if inner:
+        return any(map(_narrows, inner))
+    given, made = map(_float_types, (equation.invars, equation.outvars))
+    return np.float64 in given and bool(made - {np.float64})
+
+
+def _float_types(variables: Sequence[Any]) -> set[Any]:
+    dtypes = {v.aval.dtype for v in variables if hasattr(v.aval, "dtype")}
+    return {np.dtype(d).type for d in dtypes if jnp.issubdtype(d, jnp.floating)}

@@ -1,35 +1,206 @@
-"""What both sides show, and whether it is the same."""
+"""Run all implementations of a pair of modules, phase after phase, and compare what they show."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+from jax.typing import DTypeLike
 
-from bcn_flax.parity import flax_side
-from bcn_flax.parity import tolerances as tolerance_rules
-from bcn_flax.parity.errors import narrowest
-from bcn_flax.parity.observations import Name, Observation, Side, Values, numbered, observation
-from bcn_flax.parity.phases import Phase
-from bcn_flax.parity.rows import EXACT, Allowance, Row, Truth, compare_observations, how_far
-from bcn_flax.parity.sides import (
-    EAGER,
-    FLAX,
-    FLAX_64,
-    JITTED,
-    ORACLE,
-    TORCH,
-    TORCH_64,
-    Precision,
-    Precisions,
+from bcn_flax.interop import layouts
+from bcn_flax.interop.layouts import Array
+from bcn_flax.parity.errors import (
+    EXACT,
+    Allowance,
+    Reference,
+    Row,
+    Tolerance,
+    compare_observations,
+    eps,
+    largest_differences,
+    narrowest,
+    relative_error,
 )
-from bcn_flax.parity.tolerances import Tolerance
-from bcn_flax.parity.twins import Twins
+from bcn_flax.parity.pair import ModulePair, Probe
+from bcn_flax.parity.protocol import (
+    Implementation,
+    Name,
+    Observation,
+    Optimizer,
+    float64_enabled,
+    is_differentiable,
+    numbered,
+    observation,
+    to_float64,
+)
+
+Inputs = Any | tuple[Any, ...]
+# From Flax's variables in float64 to an implementation.
+Oracle = Callable[[Mapping[str, Any]], Implementation]
+
+# The names of the implementations. The perturbed ones are not compared: how far they move from
+# PyTorch in float64 is how far rounding errors may move the others.
+FLAX, JITTED, EAGER, FLAX_64 = "Flax", "Flax, jitted", "Flax, eager", "Flax in float64"
+TORCH, TORCH_64, ORACLE = "PyTorch", "PyTorch in float64", "the oracle"
+PERTURBED = "PyTorch, perturbed", "PyTorch, perturbed the other way"
+PERTURBED_64 = "PyTorch, perturbed in float64", "PyTorch, perturbed in float64 the other way"
+_NATIVE = JITTED, EAGER, TORCH  # the others compute in float64
 
 
-def initial(them: Twins) -> list[Row]:
-    """Whether both sides begin with the same weights, exactly, but for how they are stored."""
-    with them.precision():
-        variables = them.variables, them.match.to_flax(them.torch)
+class Phase(NamedTuple):
+    """One call of all implementations.
+
+    Attributes:
+        name: as it is printed.
+        inputs: in Flax's order of axes.
+        train: whether it is a step of training.
+        steps: of training so far, this one included; one more in the evaluation afterwards.
+    """
+
+    name: str
+    inputs: list[Array]
+    train: bool
+    steps: int
+
+
+def phases(inputs: Inputs, steps: int | Sequence[Inputs]) -> list[Phase]:
+    """Evaluation, training, and evaluation again.
+
+    Raises:
+        ValueError: an input is no array, or `steps` is neither a number nor inputs.
+    """
+    first = _as_arrays("inputs", inputs)
+    batches = _batches(first, steps)
+    last = Phase("evaluation after training", first, False, len(batches) + 1)
+    return [
+        Phase("evaluation", first, False, 1),
+        *(Phase(f"training step {i}", batch, True, i) for i, batch in enumerate(batches, 1)),
+        *([last] if batches else []),
+    ]
+
+
+def _batches(first: list[Array], steps: int | Sequence[Inputs]) -> list[list[Array]]:
+    if isinstance(steps, int) and steps >= 0:
+        return [first] * steps
+    if not isinstance(steps, list | tuple):
+        raise ValueError(
+            "steps must be a number of steps, or a list of the inputs of each, but it is "
+            f"{steps if isinstance(steps, int) else f'of type {type(steps).__name__}'}."
+        )
+    batches = [_as_arrays(f"steps[{i}]", batch) for i, batch in enumerate(steps)]
+    for i, batch in enumerate(batches):
+        if len(batch) != len(first):
+            raise ValueError(
+                f"Each step must have as many inputs as evaluation has, {len(first)}, but "
+                f"steps[{i}] has {len(batch)}. Several inputs of one step are a tuple in the list."
+            )
+    return batches
+
+
+def _as_arrays(name: str, inputs: Inputs) -> list[Array]:
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    for x in inputs:
+        if not layouts.is_array(x):
+            raise ValueError(
+                f"{name} must be an array, or a tuple of arrays if there are several, but there is "
+                f"a {type(x).__name__}. Pass np.asarray(x) if it is one input, tuple(x) if it "
+                "holds all of them; if the inputs have names, wrap your module in one that takes "
+                "a tuple."
+            )
+    return [layouts.to_numpy(x) for x in inputs]
+
+
+class Precision(NamedTuple):
+    """The precision of the arithmetic.
+
+    Attributes:
+        dtype: the narrowest one.
+        error: the relative error of an operation.
+        perturbed: the names of the implementations that are perturbed by it and by its opposite.
+    """
+
+    dtype: np.dtype[Any]
+    error: float
+    perturbed: tuple[str, str]
+
+
+class Precisions(NamedTuple):
+    """The precision of the modules as they are, and in float64."""
+
+    native: Precision
+    wide: Precision
+
+
+def precisions(native: ModulePair, plan: Sequence[Phase], demanded: DTypeLike | None) -> Precisions:
+    """The precision of the modules and inputs, or a higher one that the caller demands.
+
+    Raises:
+        ValueError: the caller demands a lower one.
+    """
+    inputs, outputs = plan[0].inputs, native.flax.output_shapes(plan[0].inputs, train=False)
+    stored = [*inputs, *native.flax.leaves, *native.torch.parameters(), *outputs]
+    seen = narrowest([*map(layouts.dtype, stored), np.float64 if native.flax.wide else np.float32])
+    dtype = np.dtype(demanded or seen)
+    if eps(dtype) > eps(seen):
+        raise ValueError(
+            f"precision may demand more than the numbers' own, {seen}, but {dtype} is less: give a "
+            "Tolerance, with a reason."
+        )
+    given = [x for phase in plan for x in phase.inputs]
+    terms = _largest_reduction([*given, *outputs, *native.flax.leaves])
+    wide = np.dtype(np.float64)
+    return Precisions(
+        Precision(dtype, relative_error(dtype, terms), PERTURBED),
+        Precision(wide, relative_error(wide, terms), PERTURBED_64),
+    )
+
+
+def _largest_reduction(values: Sequence[Any]) -> int:
+    """How many numbers are summed at most: all of a channel, or all of a sample."""
+    shapes = [x.shape for x in values if len(x.shape)]
+    return max((math.prod(s) // max(1, min(s[0], s[-1])) for s in shapes), default=1)
+
+
+def implementations(
+    native: ModulePair,
+    wide: ModulePair,
+    optimizer: Optimizer,
+    errors: Precisions,
+    *,
+    eager: bool,
+    oracle: Oracle | None,
+    compare_wide: bool,
+) -> dict[str, Implementation]:
+    """All implementations, by name.
+
+    Args:
+        native: the modules as they are.
+        wide: the modules in float64.
+        optimizer: of all.
+        errors: by which to perturb.
+        eager: whether to run Flax eagerly too.
+        oracle: see `compare`.
+        compare_wide: whether to compare in float64.
+    """
+    made: dict[str, Implementation] = {JITTED: native.new_flax_side(optimizer)}
+    if eager:
+        made[EAGER] = native.new_flax_side(optimizer, jit=False)
+    made[TORCH] = native.new_torch_side(optimizer)
+    made[TORCH_64] = wide.new_torch_side(optimizer)
+    if oracle is not None:
+        made[ORACLE] = oracle(wide.flax.variables)
+    if compare_wide:
+        made[FLAX_64] = wide.new_flax_side(optimizer)
+    for precision in errors if compare_wide else errors[:1]:
+        for name, sign in zip(precision.perturbed, (1, -1), strict=True):
+            made[name] = wide.new_torch_side(optimizer, perturbation=sign * precision.error)
+    return made
+
+
+def initial_weights(pair: ModulePair) -> list[Row]:
+    """Rows for the weights at the beginning, which must be equal but for how they are stored."""
+    with float64_enabled(pair.flax.wide):
+        variables = pair.flax.variables, pair.match.to_flax(pair.torch)
     flax, torch = (observation({}, {}, {}, own) for own in variables)
     stored = {name: narrowest((flax[name].dtype, torch[name].dtype)) for name in flax}
     flax, torch = (
@@ -38,10 +209,9 @@ def initial(them: Twins) -> list[Row]:
     return compare_observations("initial weights", (FLAX, TORCH), {FLAX: flax, TORCH: torch}, EXACT)
 
 
-def misshapen(them: Twins, inputs: Sequence[Values]) -> list[Row]:
-    """The outputs whose shapes differ, after which there is nothing to compare."""
-    flax = numbered(them.outputs(inputs, False))
-    torch = them.torch_outputs(inputs, False)
+def different_shapes(probe: Probe) -> list[Row]:
+    """Rows for the outputs whose shapes differ, so that nothing else can be compared."""
+    flax, torch = numbered(probe.evaluation.flax.outputs), probe.evaluation.torch.outputs
     names = [name for name in flax if flax[name].shape != torch[name].shape]
     seen = {
         FLAX: {Name("output", name): np.zeros(flax[name].shape) for name in names},
@@ -50,77 +220,89 @@ def misshapen(them: Twins, inputs: Sequence[Values]) -> list[Row]:
     return compare_observations("evaluation", (FLAX, TORCH), seen, EXACT)
 
 
-def observe(
-    phase: Phase, everybody: Mapping[str, Side], native: Twins, rng: np.random.Generator
+def compare_phases(
+    plan: Sequence[Phase],
+    native: ModulePair,
+    made: Mapping[str, Implementation],
+    errors: Precisions,
+    tolerances: Sequence[Tolerance],
+    rng: np.random.Generator,
+) -> list[Row]:
+    """Run all implementations through all phases, and compare them.
+
+    Args:
+        plan: the phases.
+        native: the modules as they are.
+        made: the implementations.
+        errors: the precision of the arithmetic.
+        tolerances: the caller's.
+        rng: for the output gradients.
+    """
+    rows = []
+    # How far the perturbed implementations have moved at most: they may come back by chance.
+    moved: dict[Precision, dict[Name, float]] = {precision: {} for precision in errors}
+    for phase in plan:
+        seen = _observe(phase, native, made, rng)
+        for precision, largest in moved.items():
+            for perturbed in (seen[name] for name in precision.perturbed if name in seen):
+                for name, distance in largest_differences(seen[TORCH_64], perturbed).items():
+                    largest[name] = max(distance, largest.get(name, 0.0))
+        allowed, allowed_wide = (
+            Allowance(precision.dtype, precision.error, phase.steps, largest, tolerances)
+            for precision, largest in moved.items()
+        )
+        rows += _compare_phase(phase.name, seen, allowed, allowed_wide)
+    return rows
+
+
+def _observe(
+    phase: Phase,
+    native: ModulePair,
+    made: Mapping[str, Implementation],
+    rng: np.random.Generator,
 ) -> dict[str, Observation]:
-    """What everybody shows in one phase."""
-    outputs = native.outputs(phase.inputs, phase.train)
+    outputs = native.flax.output_shapes(phase.inputs, phase.train)
     gradients = [_output_gradient(y, rng) for y in outputs]
-    return {name: side(phase.inputs, gradients, phase.train) for name, side in everybody.items()}
+    wide_inputs, wide_gradients = to_float64(phase.inputs), to_float64(gradients)
+    return {
+        name: implementation(phase.inputs, gradients, phase.train)
+        if name in _NATIVE
+        else implementation(wide_inputs, wide_gradients, phase.train)
+        for name, implementation in made.items()
+    }
 
 
-def _output_gradient(y: jax.ShapeDtypeStruct, rng: np.random.Generator) -> Values:
-    """The same for all sides, in the type of the output; as long as 1, so that steps stay small."""
-    dtype = y.dtype if flax_side.is_differentiable(y) else np.float32
+def _output_gradient(y: Any, rng: np.random.Generator) -> Array:
+    """In the dtype of the output; its norm is about 1, so that steps stay small."""
+    dtype = y.dtype if is_differentiable(y) else np.float32
     return (rng.standard_normal(y.shape) / np.sqrt(max(1, np.prod(y.shape)))).astype(dtype)
 
 
-class Judge:
-    """Compares what everybody shows, phase after phase."""
+def _compare_phase(
+    phase: str, seen: Mapping[str, Observation], allowed: Allowance, allowed_wide: Allowance
+) -> list[Row]:
+    flax = [name for name in (JITTED, EAGER) if name in seen]
 
-    def __init__(self, precisions: Precisions, tolerances: Sequence[Tolerance]) -> None:
-        """Allow errors according to the precisions and the caller's tolerances."""
-        self._precisions, self._tolerances = precisions, tolerances
-        # How far the shaken sides have gone so far: they may come back by chance.
-        self._went: dict[Precision, dict[Name, float]] = {p: {} for p in precisions}
+    def against(expected: str, reference: Reference | None = None) -> list[Row]:
+        rows = (compare_observations(phase, (f, expected), seen, allowed, reference) for f in flax)
+        return [row for of_one in rows for row in of_one]
 
-    def rows(self, phase: Phase, seen: Mapping[str, Observation]) -> list[Row]:
-        """All comparisons of one phase."""
-        native = self._allowance(self._precisions.native, phase, seen)
-        flax = [side for side in (JITTED, EAGER) if side in seen]
-
-        def compare(
-            sides: tuple[str, str], allowance: Allowance = native, truth: Truth | None = None
-        ) -> list[Row]:
-            return compare_observations(phase.name, sides, seen, allowance, truth)
-
-        if ORACLE in seen:
-            _check_oracle(seen)
-            truth = Truth(seen[ORACLE], seen[ORACLE], seen[TORCH])
-            by_flax = [row for side in flax for row in compare((side, ORACLE), truth=truth)]
-            others = [row for side in flax for row in compare((side, TORCH))]
-            unseen = [row for row in others if row.name not in seen[ORACLE]]
-            return [*by_flax, *compare((TORCH, ORACLE)), *unseen]
-        if FLAX_64 not in seen:
-            return [row for side in flax for row in compare((side, TORCH))]
-        truth = Truth(seen[TORCH_64], seen[FLAX_64], seen[TORCH])
-        wide = self._allowance(self._precisions.wide, phase, seen)
-        by_flax = [row for side in flax for row in compare((side, TORCH), truth=truth)]
-        return by_flax + compare((FLAX_64, TORCH_64), wide)
-
-    def _allowance(
-        self, precision: Precision, phase: Phase, seen: Mapping[str, Observation]
-    ) -> Allowance:
-        went = self._went[precision]
-        for side in precision.shaken:
-            for name, distance in how_far(seen[TORCH_64], seen[side]).items():
-                went[name] = max(distance, went.get(name, 0.0))
-        return Allowance(precision.dtype, precision.error, phase.steps, went, self._tolerances)
+    if ORACLE in seen:
+        _require_shown_names(seen)
+        rows = against(ORACLE, Reference(seen[ORACLE], seen[ORACLE], seen[TORCH]))
+        rows += compare_observations(phase, (TORCH, ORACLE), seen, allowed)
+        return rows + [row for row in against(TORCH) if row.name not in seen[ORACLE]]
+    if FLAX_64 not in seen:
+        return against(TORCH)
+    rows = against(TORCH, Reference(seen[TORCH_64], seen[FLAX_64], seen[TORCH]))
+    return rows + compare_observations(phase, (FLAX_64, TORCH_64), seen, allowed_wide)
 
 
-def _check_oracle(seen: Mapping[str, Observation]) -> None:
-    """Refuse numbers that nobody else shows, which would be misnamed ones."""
+def _require_shown_names(seen: Mapping[str, Observation]) -> None:
+    """Refuse an oracle's arrays that the modules do not show: their names must be wrong."""
     unknown = seen[ORACLE].keys() - seen[TORCH].keys()
     if unknown:
         raise ValueError(
             f"The oracle must show what the modules do, but it shows {sorted(map(str, unknown))}; "
             f"they show {sorted(map(str, seen[TORCH]))}."
         )
-
-
-def check_names(tolerances: Sequence[Tolerance], rows: Sequence[Row]) -> None:
-    """Refuse a tolerance for nothing, which would be a misspelled one."""
-    for tolerance in tolerances:
-        if not any(tolerance_rules.of(str(row.name), [tolerance]) for row in rows):
-            names = sorted({str(row.name) for row in rows})
-            raise ValueError(f"{tolerance} is for none of the numbers compared: {names}.")

@@ -1,28 +1,81 @@
-"""PyTorch's side: a module, with what it shows translated to Flax's names and layouts."""
+"""The PyTorch side: a module, with its arrays under Flax's names and in Flax's layouts."""
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from bcn_flax.interop import Match, layouts
-from bcn_flax.parity.axes import Axes, axis_order
-from bcn_flax.parity.observations import Observation, Values, numbered, observation
-from bcn_flax.parity.optimizers import Optimizer
-from bcn_flax.parity.shaking import Shaking
+from bcn_flax.interop.layouts import Array
+from bcn_flax.parity.protocol import (
+    Axes,
+    Observation,
+    Optimizer,
+    axis_order,
+    float64_enabled,
+    numbered,
+    observation,
+)
 
 
-def in_float64(module: Any) -> Any:
-    """A copy of the module, in float64."""
-    return copy.deepcopy(module).double()
+class TorchRun(NamedTuple):
+    """A call of a PyTorch module.
+
+    Attributes:
+        outputs: by name, in Flax's order of axes.
+        returned: by name, in the order of the calls, the outputs of each module's first call.
+        random: whether it drew random numbers from the processor's generator.
+        narrows: whether an operation took float64 and returned something narrower.
+    """
+
+    outputs: dict[str, Array]
+    returned: dict[str, list[Array]]
+    random: bool
+    narrows: bool
 
 
-def frozen(module: Any) -> list[str]:
-    """The names of the parameters that are not trained."""
-    return [name for name, p in module.named_parameters() if not p.requires_grad]
+def run(module: Any, inputs: Sequence[Array], axes: Axes, train: bool) -> TorchRun:
+    """Call a copy of the module once, and record what it does."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Watch(TorchFunctionMode):
+        narrows = False
+
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            returned = function(*args, **(kwargs or {}))
+            given, made = (
+                {x.dtype for x in jax.tree.leaves(tree) if is_floating(x)}
+                for tree in ((args, kwargs), returned)
+            )
+            self.narrows |= torch.float64 in given and bool(made - {torch.float64})
+            return returned
+
+    module = copy.deepcopy(module).train(train)
+    returned: dict[str, list[Array]] = {}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(_module: Any, _inputs: Any, outputs: Any) -> None:
+            # These are copies, since another module may write into the tensors.
+            leaves = [y for y in jax.tree.leaves(outputs) if hasattr(y, "detach")]
+            returned.setdefault(name, list(map(layouts.to_numpy, leaves)))
+
+        return record
+
+    for name, part in module.named_modules():
+        part.register_forward_hook(recorder(name))
+    given = _tensors(module, inputs, axes)
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        with Watch() as watch:
+            outputs = _outputs(module, [*given.values()])
+        random = not torch.equal(before, torch.get_rng_state())
+    flax_outputs = {name: _in_flax_order(f"output {name}", y, axes) for name, y in outputs.items()}
+    return TorchRun(flax_outputs, returned, random, watch.narrows)
 
 
 def trainable(module: Any) -> Any:
@@ -33,8 +86,62 @@ def trainable(module: Any) -> Any:
     return module
 
 
+def is_floating(x: Any) -> bool:
+    """Whether it is a floating-point tensor."""
+    return hasattr(x, "detach") and x.is_floating_point()
+
+
+class Perturbation:
+    """Perturbs tensors by a relative error, to measure how a model amplifies rounding errors.
+
+    Each value goes up or down on its own, as if it had been rounded. All values of a tensor also
+    move together, by that part of their root mean square, as if a mean that is in all of them had
+    been rounded. A value of 0 stays 0: a ReLU or a mask has made it.
+    """
+
+    def __init__(self, error: float) -> None:
+        """Perturb by this error, the same way in every run."""
+        self._error = error
+        self._rng = np.random.default_rng(0)
+
+    def __call__(self, x: Any, times: float = 1.0) -> Any:
+        """The tensor, perturbed by so many times the error; other things are left unchanged."""
+        if not is_floating(x):
+            return x
+        error, values = times * self._error, x.detach()
+        finite = values[values.isfinite()]
+        mean_square = float(finite.square().mean()) if finite.numel() else 0.0
+        together = error * float(self._signs()) * mean_square**0.5
+        return x * (1 + error * x.new_tensor(self._signs(*x.shape))) + together * (values != 0)
+
+    def attach(self, module: Any) -> None:
+        """Perturb the parameters of a module, and what its parts return when they are called."""
+        for parameter in module.parameters():
+            parameter.data = self(parameter.data)
+        for part in module.modules():
+            part.register_forward_hook(lambda _part, _inputs, outputs: self._perturbed(outputs))
+
+    def step(self, optimizer: Any, parameters: Sequence[Any], times: float) -> None:
+        """Take a step of the optimizer, and perturb the changes that it makes."""
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer.step()
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.data = old + self(parameter.data - old, times)
+
+    def _perturbed(self, outputs: Any) -> Any:
+        """The outputs, perturbed, as their gradients will be."""
+        outputs = jax.tree.map(self, outputs)
+        for y in jax.tree.leaves(outputs):
+            if is_floating(y) and y.requires_grad:
+                y.register_hook(self)
+        return outputs
+
+    def _signs(self, *shape: int) -> Any:
+        return self._rng.choice((-1.0, 1.0), shape)
+
+
 class TorchSide:
-    """A copy of a module in training."""
+    """A copy of a PyTorch module in training."""
 
     def __init__(
         self,
@@ -43,67 +150,68 @@ class TorchSide:
         axes: Axes,
         optimizer: Optimizer,
         *,
-        precision: Callable[[], AbstractContextManager[Any]],
-        shaking: Shaking | None = None,
+        wide: bool = False,
+        perturbation: float | None = None,
     ) -> None:
         """Start from the module's parameters and statistics.
 
         Args:
             module: is not changed.
             matched: which of its tensors is which of Flax's variables.
-            axes: how those of inputs and outputs lie.
+            axes: the order of the axes of inputs and outputs.
             optimizer: of its parameters.
-            precision: the context in which JAX has the dtypes of Flax's variables.
-            shaking: of inputs, parameters, what the parts of the module return, and the steps.
+            wide: whether the module and its inputs are in float64.
+            perturbation: the relative error by which to perturb the inputs, the parameters, what
+                the parts of the module return, and the steps; None for none.
         """
-        self._precision = precision
         self._module, self._matched, self._axes = copy.deepcopy(module), matched, axes
-        self._shaking = shaking
-        if shaking is not None:
-            shaking.attach(self._module)
+        self._wide = wide
+        self._perturb = None if perturbation is None else Perturbation(perturbation)
+        if self._perturb is not None:
+            self._perturb.attach(self._module)
         self._parameters = list(self._module.parameters())
         self._error = optimizer.error
-        # PyTorch's optimizers want something to optimize.
+        # PyTorch's optimizers refuse an empty list.
         self._optimizer = optimizer.torch(self._parameters) if self._parameters else None
 
     def __call__(
-        self, inputs: Sequence[Values], output_gradients: Sequence[Values], train: bool
+        self, inputs: Sequence[Array], output_gradients: Sequence[Array], train: bool
     ) -> Observation:
-        """Go forward and back, and in training take a step of the optimizer."""
+        """Run forward and backward; in training, take a step of the optimizer."""
         import torch
 
-        with self._precision(), torch.enable_grad():
+        with float64_enabled(self._wide), torch.enable_grad():
             return self._step(inputs, output_gradients, train)
 
     def _step(
-        self, inputs: Sequence[Values], output_gradients: Sequence[Values], train: bool
+        self, inputs: Sequence[Array], output_gradients: Sequence[Array], train: bool
     ) -> Observation:
         import torch
 
         self._module.train(train)
         self._module.zero_grad()
-        given = tensors(self._module, inputs, self._axes)
-        if self._shaking is not None:
-            given = {name: self._shaking(x) for name, x in given.items()}
+        given = _tensors(self._module, inputs, self._axes)
+        if self._perturb is not None:
+            given = {name: self._perturb(x) for name, x in given.items()}
         for x in given.values():
             x.requires_grad_(x.is_floating_point())
         # A module may write into its inputs, which PyTorch refuses if these are leaves.
-        outputs = outputs_of(self._module, [x.clone() for x in given.values()])
+        outputs = _outputs(self._module, [x.clone() for x in given.values()])
         gradients = {
             name: _tensor(f"output {name}", dy, self._axes, outputs[name])
             for name, dy in numbered(output_gradients).items()
             if outputs[name].requires_grad
         }
         torch.autograd.backward([outputs[name] for name in gradients], [*gradients.values()])
-        # A tied parameter has several names, of which the match may have chosen any.
+        # A tied parameter has several names, and the match may have chosen any of them.
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
         gradient = {name: _gradient(p).clone() for name, p in parameters.items()}
         if train:
             self._take_step()
         return observation(
-            {name: in_flax(f"output {name}", y, self._axes) for name, y in outputs.items()},
+            {name: _in_flax_order(f"output {name}", y, self._axes) for name, y in outputs.items()},
             {
-                name: in_flax(f"input {name}", _gradient(x), self._axes)
+                name: _in_flax_order(f"input {name}", _gradient(x), self._axes)
                 for name, x in given.items()
                 if x.requires_grad
             },
@@ -114,13 +222,13 @@ class TorchSide:
     def _take_step(self) -> None:
         if self._optimizer is None:
             return
-        if self._shaking is None:
+        if self._perturb is None:
             self._optimizer.step()
         else:
-            self._shaking.step(self._optimizer, self._parameters, self._error)
+            self._perturb.step(self._optimizer, self._parameters, self._error)
 
 
-def tensors(module: Any, inputs: Sequence[Values], axes: Axes) -> dict[str, Any]:
+def _tensors(module: Any, inputs: Sequence[Array], axes: Axes) -> dict[str, Any]:
     """The inputs by name, in PyTorch's order of axes and on the module's device."""
     import torch
 
@@ -131,21 +239,20 @@ def tensors(module: Any, inputs: Sequence[Values], axes: Axes) -> dict[str, Any]
     }
 
 
-def outputs_of(module: Any, inputs: Sequence[Any]) -> dict[str, Any]:
+def _tensor(name: str, x: Array, axes: Axes, like: Any) -> Any:
+    moved = axis_order(axes, name.strip(), x.ndim).to_torch(x)
+    return layouts.array_like(like, np.asarray(moved))
+
+
+def _outputs(module: Any, inputs: Sequence[Any]) -> dict[str, Any]:
     """The tensors of a module's outputs by name, in the order of Flax's leaves."""
     leaves = jax.tree.leaves(module(*inputs))
     return numbered([y for y in leaves if hasattr(y, "detach")])
 
 
-def in_flax(name: str, x: Any, axes: Axes) -> Values:
+def _in_flax_order(name: str, x: Any, axes: Axes) -> Array:
     """The values of an input or output in Flax's order of axes."""
-    values = layouts.to_numpy(x)
-    return axis_order(axes, name.strip(), x.dim()).to_flax(values)
-
-
-def _tensor(name: str, x: Values, axes: Axes, like: Any) -> Any:
-    moved = axis_order(axes, name.strip(), x.ndim).to_torch(x)
-    return layouts.array_like(like, np.asarray(moved))
+    return axis_order(axes, name.strip(), x.dim()).to_flax(layouts.to_numpy(x))
 
 
 def _gradient(x: Any) -> Any:
@@ -153,7 +260,7 @@ def _gradient(x: Any) -> Any:
     return x.new_zeros(x.shape) if x.grad is None else x.grad
 
 
-def _torch_dtype(x: Values) -> Any:
+def _torch_dtype(x: Array) -> Any:
     import torch
 
     return getattr(torch, layouts.dtype(x).name)

@@ -1,0 +1,206 @@
+"""A Flax and a PyTorch module with the same weights, and a probe of what both of them do."""
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+from bcn_flax.interop import Match, layouts, match, trees
+from bcn_flax.interop.layouts import Array, Path
+from bcn_flax.interop.trees import Variables
+from bcn_flax.parity import torch_side
+from bcn_flax.parity.flax_side import (
+    Call,
+    FlaxModel,
+    FlaxSide,
+    FlaxTrace,
+    Module,
+    flax_model,
+)
+from bcn_flax.parity.protocol import AXES, Axes, Optimizer, float64_enabled, to_float64
+from bcn_flax.parity.torch_side import TorchRun, TorchSide
+
+Weights = Literal["torch", "flax", "own", "random"]
+# From a PyTorch module and Flax's variables or module to which tensor is which variable.
+Matcher = Callable[[Any, Any], Match]
+
+
+class Calls(NamedTuple):
+    """A call of both modules."""
+
+    flax: FlaxTrace
+    torch: TorchRun
+
+
+class Probe(NamedTuple):
+    """A call of both modules with the first input, in evaluation and in training."""
+
+    evaluation: Calls
+    training: Calls
+
+    @property
+    def narrowing(self) -> list[str]:
+        """The sides that compute in less than float64 though they are given float64."""
+        flax = any(calls.flax.narrows for calls in self)
+        torch = any(calls.torch.narrows for calls in self)
+        return ["Flax"] * flax + ["PyTorch"] * torch
+
+
+class ModulePair(NamedTuple):
+    """A Flax and a PyTorch module, and what connects them.
+
+    Attributes:
+        flax: of linen or NNX, with its variables.
+        torch: a copy of the module, all of whose parameters are trained.
+        axes: the order of the axes of inputs and outputs.
+        matcher: finds `match`.
+        match: which of PyTorch's tensors is which of Flax's variables.
+    """
+
+    flax: FlaxModel
+    torch: Any
+    axes: Axes
+    matcher: Matcher
+    match: Match
+
+    def in_float64(self) -> "ModulePair":
+        """The same modules and weights in float64."""
+        if self.flax.wide:
+            return self
+        flax, torch = self.flax.in_float64(), copy.deepcopy(self.torch).double()
+        return self._replace(flax=flax, torch=torch, match=_matched(flax, torch, self.matcher))
+
+    def probe(self, inputs: Sequence[Array]) -> Probe:
+        """Call each module once in evaluation and once in training."""
+        if self.flax.wide:
+            inputs = to_float64(inputs)
+        evaluation, training = (
+            Calls(
+                self.flax.trace(inputs, train),
+                torch_side.run(self.torch, inputs, self.axes, train),
+            )
+            for train in (False, True)
+        )
+        return Probe(evaluation, training)
+
+    def new_flax_side(self, optimizer: Optimizer, *, jit: bool = True) -> FlaxSide:
+        """Flax's module, to be trained."""
+        flax = self.flax
+        return FlaxSide(flax.forward, flax.variables, optimizer.flax, jit=jit, wide=flax.wide)
+
+    def new_torch_side(
+        self, optimizer: Optimizer, *, perturbation: float | None = None
+    ) -> TorchSide:
+        """PyTorch's module, to be trained, perturbed by a relative error if one is given."""
+        return TorchSide(
+            self.torch,
+            self.match,
+            self.axes,
+            optimizer,
+            wide=self.flax.wide,
+            perturbation=perturbation,
+        )
+
+    def modules(self) -> dict[Path, str]:
+        """By path in Flax, the modules that are a module of PyTorch, and the name of that.
+
+        They are the modules that have parameters or statistics, and the modules around them that
+        have the same name on both sides.
+        """
+        found = {}
+        for pair in self.match.pairs:
+            path, name = pair.path[1:-1], pair.module
+            found[path] = name
+            while path and name.rpartition(".")[2] == path[-1]:
+                path, name = path[:-1], name.rpartition(".")[0]
+                found[path] = name
+        # Two of Flax's may be one of PyTorch's, as in the authors' batch-channel norm.
+        shared = Counter(found.values())
+        return {path: name for path, name in found.items() if shared[name] == 1}
+
+    def constants(self) -> list[str]:
+        """The parameters and statistics whose values are all the same, as in a fresh module."""
+        return [
+            layouts.path_name(path[1:])
+            for path, x in trees.flax_leaves(self.flax.variables).items()
+            if np.size(x) > 1 and np.all(np.asarray(x) == np.ravel(x)[0])
+        ]
+
+
+def module_pair(
+    flax: Module,
+    torch: Any,
+    inputs: Sequence[Array],
+    *,
+    weights: Weights = "torch",
+    variables: Variables | None = None,
+    call: Call | None = None,
+    axes: Axes = AXES,
+    matcher: Matcher = match,
+    rng: np.random.Generator | None = None,
+) -> ModulePair:
+    """Give both modules the same weights; see `compare` for the arguments.
+
+    Raises:
+        ValueError: the weights do not match, `weights` and `variables` contradict each other, or
+            inputs and modules are of different precision.
+    """
+    _require_variables_if_used(flax, weights, variables)
+    wide = _computes_in_float64(torch, inputs)
+    model = flax_model(flax, nn.unbox(variables), inputs, call, wide=wide)
+    torch = torch_side.trainable(torch)
+    matched = _matched(model, torch, matcher)
+    if weights == "random":
+        model = model.randomized(rng or np.random.default_rng(0))
+    with float64_enabled(wide):
+        if weights in ("flax", "random"):
+            torch.load_state_dict(matched.to_torch(model.variables))
+        if weights == "torch":
+            model = model._replace(variables=matched.to_flax(torch))
+    return ModulePair(model, torch, axes, matcher, matched)
+
+
+def _require_variables_if_used(flax: Module, weights: Weights, variables: Variables | None) -> None:
+    if weights not in ("torch", "flax", "own", "random"):
+        raise ValueError(f"weights must be 'torch', 'flax', 'own' or 'random', not {weights!r}.")
+    if isinstance(flax, nnx.Module):
+        if variables is not None:
+            raise ValueError("An NNX module has its own variables: `variables` are for linen's.")
+    elif (weights in ("flax", "own")) != (variables is not None):
+        raise ValueError(
+            "`variables` are Flax's weights, which are used if weights are 'flax' or 'own', but "
+            f"weights are {weights!r} and there are {'none' if variables is None else 'some'}."
+        )
+
+
+def _computes_in_float64(torch: Any, inputs: Sequence[Array]) -> bool:
+    """Whether inputs and modules are in float64.
+
+    Raises:
+        ValueError: only one of them is.
+    """
+    given = [layouts.dtype(x) for x in inputs if layouts.kind(x) == "floating"]
+    held = [layouts.dtype(p) for p in torch.parameters() if p.is_floating_point()]
+    if np.float64 in given and held and np.float64 not in held:
+        raise ValueError(
+            "Inputs and modules must be of one precision, but the inputs are in float64, which is "
+            f"NumPy's default, and PyTorch's parameters in {held[0]}: give "
+            "inputs.astype(np.float32), or compare in float64 with torch_module.double()."
+        )
+    if given and np.float64 not in given and {*held} == {np.dtype(np.float64)}:
+        raise ValueError(
+            "Inputs and modules must be of one precision, but PyTorch's parameters are in float64 "
+            f"and the inputs in {given[0]}: give inputs.astype(np.float64)."
+        )
+    return np.float64 in (*given, *held)
+
+
+def _matched(flax: FlaxModel, torch: Any, matcher: Matcher) -> Match:
+    # An NNX module tells more about its layers than its variables.
+    like = flax.module if isinstance(flax.module, nnx.Module) else flax.variables
+    with float64_enabled(flax.wide):
+        return matcher(torch, like)
