@@ -2,9 +2,9 @@
 
     python -m parity_tests                # everything: some minutes
     python -m parity_tests --no-mutants   # without breaking the code on purpose
-    python -m parity_tests --golden       # Flax against files: needs no PyTorch
+    python -m parity_tests --golden       # Flax against reference files: needs no PyTorch
 
-The exit status is 0 if all is well and 1 if not.
+The exit status is 0 if all checks pass, otherwise 1.
 """
 
 import sys
@@ -22,23 +22,23 @@ class Config:
     """What to run."""
 
     golden: bool = False
-    """Verify Flax against the golden files alone, on whatever device JAX finds."""
+    """Only compare Flax with the golden files, on the default device of JAX."""
 
     out: Path = Path()
-    """The folder for report.json and report.html."""
+    """Folder for report.json and report.html."""
 
     only: str = ""
-    """Run only the checks whose names contain this."""
+    """Run only the cases and laws whose names contain this."""
 
     steps: int = 200
-    """Train the networks side by side for so many steps; 0 leaves it out."""
+    """Number of steps to train a network in Flax and PyTorch; 0 leaves it out."""
 
     mutants: bool = True
-    """Break the code on purpose, in every known way, and see each caught."""
+    """Break the code on purpose, one defect at a time, and require a check to fail each time."""
 
 
 def main(config: Config) -> int:
-    """Run what the configuration says; the result is the exit status."""
+    """Run the checks that the configuration selects, and return the exit status."""
     prepare()
     console = Console()
     if config.golden:

@@ -11,9 +11,6 @@ from jaxtyping import install_import_hook
 
 from parity_tests.environment import QUICK_TO_COMPILE, prepare
 
-# The tests run in several processes, whose threads would stand in each other's way.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 # The shapes in the annotations are checked at every call.
 install_import_hook(["bcn_flax.affine", "bcn_flax.norms"], "beartype.beartype")
 

@@ -1,4 +1,4 @@
-"""How JAX is set up for the checks: strict about ranks, eight devices to spread over."""
+"""JAX and PyTorch as the checks configure them: strict about ranks, with eight CPU devices."""
 
 import os
 
@@ -6,17 +6,19 @@ import jax
 
 DEVICES = 8
 
-# For XLA: LLVM's optimizations take most of the time, and then the generators of fused kernels, for
-# which there is a simpler one before JAX 0.11.
+# Flags for XLA. LLVM's optimizations take most of the time, and after them the emitters of fused
+# kernels, which can be replaced by a simpler one before JAX 0.11.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0" + (
     " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 )
 
 
 def prepare() -> None:
-    """Set JAX up, before its first computation."""
+    """Configure JAX before its first computation, and PyTorch before it is imported."""
+    # PyTorch's idle threads spin, and take the cores from JAX and from other processes.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    # A device that waits for the others keeps a thread, of which XLA has as many as there are cores
-    # or as this says. With fewer threads than devices they may wait for each other for ever.
+    # A device that waits for the others blocks a thread. XLA has one thread per core, or as many as
+    # this sets. With fewer threads than devices, the devices may wait for each other forever.
     os.environ.setdefault("NPROC", str(DEVICES))
     jax.config.update("jax_numpy_rank_promotion", "raise")

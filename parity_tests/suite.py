@@ -1,4 +1,4 @@
-"""Everything that the layers must satisfy, by name: what pytest, the mutants and the report run."""
+"""All checks of the layers by name, as pytest, the mutants and the report run them."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from parity_tests.networks import NETWORKS
 
 
 def checks() -> dict[str, Callable[[], object]]:
-    """By name, functions that raise an error where something does not hold. Needs PyTorch."""
+    """Functions that raise an error if a check fails, by name. Needs PyTorch."""
     from parity_tests.torch_layers import HALF_PRECISION
 
     cases = {str(case): case.check for case in CASES}

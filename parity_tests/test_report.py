@@ -8,7 +8,7 @@ from html import unescape
 import numpy as np
 import pytest
 
-from parity_tests.page import duration, less_accurate, number, page
+from parity_tests.page import number, page
 
 QUANTITY = {
     "quantity": "output",
@@ -90,7 +90,7 @@ def test_the_page_holds_the_report_and_nothing_from_elsewhere(report):
     html = page(report)
     text = re.sub(r"\s+", " ", unescape(re.sub(r"<svg.*?</svg>|</?b>", "", html, flags=re.S)))
     assert not [t for t in texts(report) if t not in text]
-    for wanted in ("0.1.0", "2 min 3 s", "8 + 8 and 16", "1.23e+05"):
+    for wanted in ("0.1.0", "123 s", "8 + 8 and 16", "1.23e+05"):
         assert wanted in text
     assert not re.search(r"\w+://|@import|url\((?!#)|\bsrc=|<link|<img", html)
     ids = re.findall(r'\bid="([^"]*)"', html)
@@ -159,25 +159,6 @@ def test_numbers_are_written_alike():
         math.inf: "inf",
     }
     assert {x: number(x) for x in written} == written
-    written = {0.84: "0.84 s", 12.3: "12 s", 99.7: "1 min 40 s", 3599.9: "60 min 0 s"}
-    assert {x: duration(x) for x in written} == written
-
-
-@pytest.mark.parametrize(
-    ("errors", "expected"),
-    [
-        ([(3.0, 1.0), (1.0, 6.0)], ("PyTorch", 2.0)),
-        ([(1.0, 0.0)], ("Flax", math.inf)),
-        ([(1.0, 1.01)], ("", 1.0)),
-        ([(None, 1.0)], ("", 1.0)),
-    ],
-)
-def test_which_side_is_less_accurate(errors, expected):
-    quantities = [
-        QUANTITY | {"quantity": str(i), "flax_ulps": flax, "torch_ulps": torch}
-        for i, (flax, torch) in enumerate(errors)
-    ]
-    assert less_accurate(CASE | {"quantities": quantities}) == expected
 
 
 @pytest.mark.slow

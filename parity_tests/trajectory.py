@@ -89,12 +89,7 @@ def trajectory(steps: int = 200) -> dict[str, Any]:
         Flax's parameters from PyTorch's, under "Flax" and "PyTorch" of its float32 ones from the
         reference. `setting` describes the network and the training.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # PyTorch's idle threads spin, and keep JAX's from the cores
-    try:
-        losses, distances = _train(steps)
-    finally:
-        torch.set_num_threads(threads)
+    losses, distances = _train(steps)
     setting = {
         "blocks": [list(block) for block in BLOCKS],
         "groups": GROUPS,
