@@ -371,7 +371,7 @@ def test_what_stays_behind_is_reported_with_what_to_do():
     match = interop.match(module, shapes(OurNetwork(True), jnp.ones((1, 6, 5, 3))))
     assert "norm1.bn.num_batches_tracked: skipped, since Flax counts no batches" in str(match)
     assert (
-        "norm1.bn.estbn_moving_speed: skipped, since it is 0.25, which in Flax's batch norm is "
+        "norm1.bn.estbn_moving_speed: skipped, since in Flax's batch norm 0.25 is "
         "momentum=0.75" in str(match)
     )
     returned = match.to_torch(match.to_flax(module))

@@ -7,17 +7,31 @@ report says so; or they are ambiguous, and an error, if something in the model s
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bcn_flax.interop.layouts import LayerFacts, Layout, Path, Shape, may_be_transposed
-from bcn_flax.interop.naming import NameMatch, module_and_leaf
+from bcn_flax.interop import layouts
+from bcn_flax.interop.layouts import (
+    LayerFacts,
+    Layout,
+    Path,
+    Rules,
+    Shape,
+    may_be_transposed,
+    path_name,
+    rule_for,
+    shape,
+)
+from bcn_flax.interop.naming import NameMatch, module_of
 
 Transposed = Collection[str] | Mapping[str, bool | None]
 Flattened = Mapping[str, int]
-Facts = Mapping[str, LayerFacts]
+
+# By PyTorch's module, and by the source of the facts about it.
+FactTable = Mapping[str, Mapping[str, LayerFacts]]
 
 
 class Pair(NamedTuple):
@@ -44,7 +58,7 @@ class Pair(NamedTuple):
     @property
     def module(self) -> str:
         """PyTorch's module."""
-        return module_and_leaf(self.key)[0]
+        return module_of(self.key)
 
     @property
     def features(self) -> int:
@@ -57,108 +71,194 @@ class Pair(NamedTuple):
         return self.path[-1] == "kernel" and len(self.torch_shape) == 2
 
 
-def facts_by_source(
+class LayerMatch(NamedTuple):
+    """Which tensor becomes which leaf, and how, by the facts about their layers.
+
+    Attributes:
+        pairs: in PyTorch's order.
+        errors: one line for each tensor that does not fit its leaf, and for each fact that is
+            contradictory, missing, or about no layer.
+        notes: one line for each kind of assumption, and for each fact that is unlikely.
+    """
+
+    pairs: tuple[Pair, ...]
+    errors: list[str]
+    notes: tuple[str, ...]
+
+
+def fact_table(
     found: NameMatch,
-    torch: Facts,
+    torch: Mapping[str, LayerFacts],
     flax: Mapping[Path, LayerFacts],
     transposed: Transposed,
     flattened: Flattened,
-) -> dict[str, Facts]:
-    """The facts that each source gives or declares, by PyTorch's modules.
+) -> FactTable:
+    """The facts about each layer, by source.
 
     Args:
         found: the leaf of each tensor, by name.
-        torch: declared by PyTorch's module.
-        flax: declared by Flax's module, by its own paths.
-        transposed: given by the caller.
-        flattened: given by the caller.
+        torch: what PyTorch's module declares.
+        flax: what Flax's module declares, by its own paths.
+        transposed: what the caller gives; see `match`.
+        flattened: the same.
     """
     if isinstance(transposed, Mapping):
         flags = {path: LayerFacts(flag is not None, flag) for path, flag in transposed.items()}
     else:
         flags = {path: LayerFacts(True) for path in transposed}
     channels = {path: LayerFacts(channels=n) for path, n in flattened.items()}
+    places = {module_of(key): path[1:-1] for key, path in found.paths.items()}
     in_full = found.renames.in_full
-    return {
+    sources = {
         "PyTorch's module": torch,
-        "Flax's module": {
-            module_and_leaf(key)[0]: flax[path[1:-1]]
-            for key, path in found.paths.items()
-            if path[1:-1] in flax
-        },
+        "Flax's module": {module: flax[path] for module, path in places.items() if path in flax},
         "`transposed`": {in_full(path): facts for path, facts in flags.items()},
         "`flattened`": {in_full(path): facts for path, facts in channels.items()},
     }
+    table: dict[str, dict[str, LayerFacts]] = defaultdict(dict)
+    for source, by_module in sources.items():
+        for module, facts in by_module.items():
+            table[module][source] = facts
+    return table
 
 
-def resolve(sources: Mapping[str, Facts], key: str) -> LayerFacts:
+def match_layers(
+    found: NameMatch, table: FactTable, tensors: Mapping[str, Any], leaves: Mapping[Path, Any]
+) -> LayerMatch:
+    """Find the layout of each tensor that has a leaf of its name."""
+    pairs, errors = [], _fact_errors(found, table)
+    for key, path in found.paths.items():
+        pair = _pair(key, tensors[key], path, leaves[path], found.rules, resolve(table, key))
+        if isinstance(pair, Pair):
+            pairs.append(pair)
+        else:
+            errors.append(pair)
+    # If there are transposed convolutions, a kernel that fits both kinds may well be of one.
+    either = [pair for pair in pairs if _may_be_either(pair)]
+    any_transposed = _any_transposed(found, table)
+    suspect = [p for p in either if any_transposed and math.prod(p.torch_shape[2:]) > 1]
+    flattens = _possible_flattens(pairs)
+    errors += _ambiguities(suspect, {dense: n for dense, n, need_not in flattens if not need_not})
+    notes = _assumptions(
+        [pair.module for pair in either if pair not in suspect],
+        {dense.module: n for dense, n, need_not in flattens if need_not},
+    )
+    return LayerMatch(tuple(pairs), errors, (*notes, *_unlikely_channels(pairs)))
+
+
+def resolve(table: FactTable, key: str) -> LayerFacts:
     """The facts about the layer of a tensor, from all sources; if they differ, the last's."""
-    module, _ = module_and_leaf(key)
     resolved = LayerFacts()
-    for facts in sources.values():
-        stated = facts.get(module, LayerFacts())._asdict()
-        resolved = resolved._replace(**{k: v for k, v in stated.items() if v is not None})
+    for facts in table.get(module_of(key), {}).values():
+        known = {fact: value for fact, value in facts._asdict().items() if value is not None}
+        resolved = resolved._replace(**known)
     return resolved
 
 
-def any_transposed(sources: Mapping[str, Facts], found: NameMatch) -> bool:
-    """Whether any kernel belongs to a transposed convolution, by the facts or by its shape."""
-    kernels = [
-        (key, found.tensors[key], found.leaves[path])
-        for key, path in found.paths.items()
-        if path[-1] == "kernel"
-    ]
+def _pair(
+    key: str, tensor: Any, path: Path, leaf: Any, rules: Rules, facts: LayerFacts
+) -> Pair | str:
+    """The pair of a tensor and a leaf of the same name, or one line that says why there is none."""
+    torch_shape, flax_shape, module = shape(tensor), shape(leaf), module_of(key)
+    flax = f"Flax's {path_name(path)} of shape {flax_shape}"
+    possible = rule_for(rules, path).layouts(torch_shape, flax_shape, facts)
+    fitting = [layout for layout in possible if layout.torch_shape(flax_shape) == torch_shape]
+    if not fitting:
+        needed = dict.fromkeys(layout.torch_shape(flax_shape) for layout in possible)
+        line = f"misshapen: {key} is {torch_shape}, but {flax} "
+        if needed:
+            line += f"needs {' or '.join(map(str, needed))}"
+        else:
+            line += "has no counterpart: no rule knows such a shape"
+        if facts.transposed and _is_grouped(torch_shape, needed):
+            line += "; Flax has no grouped transposed convolution"
+        kernel = path[-1] == "kernel" and not facts.transposed
+        if kernel and may_be_transposed(torch_shape, flax_shape):
+            line += f"; if it is a transposed convolution, pass transposed=[{module!r}]"
+        return line
+    if len(fitting) > 1:
+        return (
+            f"ambiguous: {key}, of a transposed convolution, is {torch_shape}, which does not show "
+            f"Flax's transpose_kernel: pass transposed={{{module!r}: False}}, or True"
+        )
+    if layouts.kind(tensor) != layouts.kind(leaf):
+        types = f"{key} is {layouts.dtype(tensor)}, but {flax} is {layouts.dtype(leaf)}"
+        return f"of another kind: {types}"
+    return Pair(key, torch_shape, path, flax_shape, layouts.dtype(leaf), fitting[0], facts)
+
+
+def _is_grouped(torch_shape: Shape, needed: Iterable[Shape]) -> bool:
+    """Whether a transposed convolution has fewer outputs than needed, as one of groups has."""
     return any(
-        resolve(sources, key).transposed
-        or (may_be_transposed(torch_shape, flax_shape) and flax_shape[-1] != flax_shape[-2])
-        for key, torch_shape, flax_shape in kernels
+        torch_shape != other
+        and (torch_shape[0], *torch_shape[2:]) == (other[0], *other[2:])
+        and other[1] % torch_shape[1] == 0
+        for other in needed
+        if len(other) == len(torch_shape)
     )
 
 
-def fact_errors(sources: Mapping[str, Facts], found: NameMatch) -> list[str]:
-    """One line for each fact on which sources differ, or that is about no such layer."""
-    kernels = {
-        module_and_leaf(key)[0]: key for key, path in found.paths.items() if path[-1] == "kernel"
-    }
-    shapes = {module: found.tensors[key] for module, key in kernels.items()}
-    inputs = {module: shape[1] for module, shape in shapes.items() if len(shape) == 2}
-    flattened = {module: facts.channels or 0 for module, facts in sources["`flattened`"].items()}
-    return [
-        *(line for key in kernels.values() for line in _contradictions(sources, key)),
-        *(
-            f"transposed: {module!r} is no convolution of the state_dict"
-            for module in sources["`transposed`"]
-            if len(shapes.get(module, ())) < 3
-        ),
-        *(
-            f"flattened: {module!r} is no dense layer of the state_dict"
-            for module in flattened
-            if module not in inputs
-        ),
-        *(
-            f"flattened: {module!r} has {inputs[module]} inputs, which {channels} does not divide"
-            for module, channels in flattened.items()
-            if module in inputs and (channels < 1 or inputs[module] % channels)
-        ),
-    ]
+def _any_transposed(found: NameMatch, table: FactTable) -> bool:
+    """Whether any kernel belongs to a transposed convolution, by facts or by its shape."""
+    return any(
+        resolve(table, key).transposed
+        or (may_be_transposed(found.tensors[key], shape) and shape[-1] != shape[-2])
+        for key, path in found.paths.items()
+        for shape in [found.leaves[path]]
+        if path[-1] == "kernel"
+    )
 
 
-def ambiguities(pairs: Collection[Pair], any_transposed: bool) -> list[str]:
-    """One line for each layer of which nothing may be assumed.
+def _may_be_either(pair: Pair) -> bool:
+    """Whether it fits convolutions of both kinds, and no source knows which it is."""
+    return (
+        pair.path[-1] == "kernel"
+        and pair.facts.transposed is None
+        and pair.flax_shape[-1] == pair.flax_shape[-2]
+        and may_be_transposed(pair.torch_shape, pair.flax_shape)
+    )
 
-    Args:
-        pairs: in the order of the `state_dict`, which is that of the layers unless it is
-            alphabetical.
-        any_transposed: whether there are transposed convolutions. Beside them, a square kernel is
-            ambiguous unless its window is a single pixel.
-    """
+
+def _contradictions(key: str, facts: Mapping[str, LayerFacts]) -> list[str]:
+    """One line for each fact on which the sources differ."""
+    lines = []
+    for fact in LayerFacts._fields:
+        values = {source: getattr(known, fact) for source, known in facts.items()}
+        known = {source: value for source, value in values.items() if value is not None}
+        if len({*known.values()}) > 1:
+            words = ", ".join(f"{source} says {fact}={value}" for source, value in known.items())
+            lines.append(f"contradictory: of {key}, {words}")
+    return lines
+
+
+def _fact_errors(found: NameMatch, table: FactTable) -> list[str]:
+    """One line for each fact on which sources differ, or which is given of no such layer."""
+    kernels = {module_of(key): key for key, path in found.paths.items() if path[-1] == "kernel"}
+    lines = []
+    for module, facts in table.items():
+        key = kernels.get(module, "")
+        shape = found.tensors[key] if key else ()
+        lines += _contradictions(key, facts) if key else []
+        if "`transposed`" in facts and len(shape) < 3:
+            lines.append(f"transposed: {module!r} is no convolution of the state_dict")
+        channels = facts.get("`flattened`", LayerFacts()).channels
+        if channels is not None and len(shape) != 2:
+            lines.append(f"flattened: {module!r} is no dense layer of the state_dict")
+        elif channels is not None and (channels < 1 or shape[1] % channels):
+            lines.append(
+                f"flattened: {module!r} has {shape[1]} inputs, which {channels} does not divide"
+            )
+    return lines
+
+
+def _ambiguities(square: Iterable[Pair], flattens: Mapping[Pair, int]) -> list[str]:
+    """One line for each layer of which the caller must give a fact."""
     return [
         *(
             f"ambiguous: {pair.key} has as many inputs as outputs, and there are transposed "
             f"convolutions: pass transposed={{{pair.module!r}: None}} if it belongs to an ordinary "
             "one; otherwise Flax's transpose_kernel, False or True, in place of None"
-            for pair in _square_kernels(pairs)
-            if any_transposed and _has_window(pair)
+            for pair in square
         ),
         *(
             f"ambiguous: {dense.key} has {dense.torch_shape[1]} inputs, a multiple of the "
@@ -166,25 +266,13 @@ def ambiguities(pairs: Collection[Pair], any_transposed: bool) -> list[str]:
             "flattened, which PyTorch does in another order than Flax, pass "
             f"flattened={{{dense.module!r}: {channels}}}; if none were, pass "
             f"flattened={{{dense.module!r}: {dense.torch_shape[1]}}}"
-            for dense, channels, may_be_none in _possible_flattens(pairs)
-            if not may_be_none
+            for dense, channels in flattens.items()
         ),
     ]
 
 
-def notes(pairs: Collection[Pair], any_transposed: bool) -> list[str]:
-    """Lines for the report: what is assumed, and what is given but unlikely.
-
-    The arguments are those of `ambiguities`.
-    """
-    ordinary = [
-        pair.module for pair in _square_kernels(pairs) if not (any_transposed and _has_window(pair))
-    ]
-    unflattened = {
-        dense.module: channels
-        for dense, channels, may_be_none in _possible_flattens(pairs)
-        if may_be_none
-    }
+def _assumptions(ordinary: list[str], unflattened: Mapping[str, int]) -> list[str]:
+    """One line for each kind of assumption, with the argument that would correct it."""
     lines = []
     if ordinary:
         lines.append(
@@ -196,38 +284,10 @@ def notes(pairs: Collection[Pair], any_transposed: bool) -> list[str]:
             f"assumed to follow no flatten: {', '.join(unflattened)}, because the order of the "
             f"layers is unknown; otherwise pass flattened={unflattened}"
         )
-    return lines + _unlikely_channels(pairs)
-
-
-def _contradictions(sources: Mapping[str, Facts], key: str) -> list[str]:
-    module, _ = module_and_leaf(key)
-    lines = []
-    for fact in LayerFacts._fields:
-        values = {who: getattr(facts.get(module), fact, None) for who, facts in sources.items()}
-        known = {who: value for who, value in values.items() if value is not None}
-        if len({*known.values()}) > 1:
-            words = ", ".join(f"{who} says {fact}={value}" for who, value in known.items())
-            lines.append(f"contradictory: of {key}, {words}")
     return lines
 
 
-def _square_kernels(pairs: Collection[Pair]) -> list[Pair]:
-    """The kernels that fit convolutions of both kinds, and no source knows which it is."""
-    return [
-        pair
-        for pair in pairs
-        if pair.path[-1] == "kernel"
-        and pair.facts.transposed is None
-        and pair.flax_shape[-1] == pair.flax_shape[-2]
-        and may_be_transposed(pair.torch_shape, pair.flax_shape)
-    ]
-
-
-def _has_window(pair: Pair) -> bool:
-    return math.prod(pair.torch_shape[2:]) > 1
-
-
-def _possible_flattens(pairs: Collection[Pair]) -> Iterator[tuple[Pair, int, bool]]:
+def _possible_flattens(pairs: Collection[Pair]) -> list[tuple[Pair, int, bool]]:
     """The dense layers that may follow a flatten, of so many channels, and whether they need not.
 
     A dense layer need not follow one if it has as many inputs as the last convolution before it,
@@ -237,15 +297,17 @@ def _possible_flattens(pairs: Collection[Pair]) -> Iterator[tuple[Pair, int, boo
     """
     layers, unordered = _layers(pairs), _is_unordered(pairs)
     features = {layer.features for layer in layers if not layer.is_dense}
+    found = []
     for layer in layers:
         if layer.is_dense and layer.facts.channels is None:
             inputs = layer.torch_shape[1]
             channels = max((n for n in features if 1 < n < inputs and inputs % n == 0), default=0)
             if channels and (unordered or inputs not in features):
-                yield layer, channels, inputs in features
+                found.append((layer, channels, inputs in features))
         if len(layer.torch_shape) > 2 and not unordered:
             features = set()
         features.add(layer.features)
+    return found
 
 
 def _unlikely_channels(pairs: Collection[Pair]) -> list[str]:

@@ -6,7 +6,7 @@ leaf has which. PyTorch's shapes are written `(O, I, *)`: output features, input
 group), and any number of window axes.
 """
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -166,7 +166,9 @@ RULES: Rules = MappingProxyType(
 SKIPPED: Mapping[str, Callable[[Any], str]] = MappingProxyType(
     {
         "num_batches_tracked": lambda _: "Flax counts no batches",
-        "estbn_moving_speed": lambda x: _moving_speed(to_numpy(x).item()),
+        "estbn_moving_speed": lambda x: (
+            f"in Flax's batch norm {to_numpy(x).item():g} is momentum={1 - to_numpy(x).item():g}"
+        ),
     }
 )
 
@@ -252,20 +254,9 @@ def equal(x: Any, y: Any) -> bool:
     return np.array_equal(to_numpy(x), to_numpy(y), equal_nan=True)
 
 
-def memory(x: Any) -> Hashable | None:
-    """A key that PyTorch's tensors share if they are the same memory; `None` for all others."""
-    if not hasattr(x, "data_ptr") or not x.data_ptr():
-        return None
-    return x.data_ptr(), shape(x), x.stride()
-
-
 def path_name(path: Path) -> str:
     """A path of Flax as it is printed."""
     return "/".join(path)
-
-
-def _moving_speed(rate: float) -> str:
-    return f"it is {rate:g}, which in Flax's batch norm is momentum={1 - rate:g}"
 
 
 def _squeezed(shape: Shape) -> Shape:

@@ -1,6 +1,6 @@
 """Match the tensors of PyTorch with the leaves of Flax's variables, and convert their values."""
 
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,17 +11,11 @@ from bcn_flax.interop import layers, layouts, naming
 from bcn_flax.interop.layers import Flattened, Pair, Transposed
 from bcn_flax.interop.layouts import (
     RULES,
-    SKIPPED,
-    LayerFacts,
-    Path,
     Rules,
-    Shape,
-    may_be_transposed,
     path_name,
-    rule_for,
     shape,
 )
-from bcn_flax.interop.naming import Names, Renames, module_and_leaf
+from bcn_flax.interop.naming import Names, Renames, module_of
 from bcn_flax.interop.trees import (
     Leaves,
     Tensors,
@@ -30,6 +24,8 @@ from bcn_flax.interop.trees import (
     flax_convolutions,
     flax_leaves,
     refuse,
+    skipped_tensors,
+    tied_tensors,
     torch_convolutions,
     torch_tensors,
 )
@@ -211,73 +207,22 @@ def match(
 
     torch_shapes = {key: shape(x) for key, x in tensors.items()}
     flax_shapes = {path: shape(x) for path, x in leaves.items()}
-    renames = Renames.of(names, {module_and_leaf(key)[0]: None for key in tensors})
+    renames = Renames.of(names, dict.fromkeys(map(module_of, tensors)))
     found = naming.match_names(torch_shapes, flax_shapes, renames, rules)
     better = found if callable(names) else naming.with_better_names(found)
-    tied = _tied(tensors, better.paths)
-    skipped = _skipped(tensors, better.paths.keys() | tied)
+    tied = tied_tensors(tensors, better.paths)
+    skipped = skipped_tensors(tensors, better.paths.keys() | tied)
 
-    sources = layers.facts_by_source(found, *declared, transposed, flattened or {})
-    any_transposed = layers.any_transposed(sources, found)
-    candidates = [
-        _pair(key, tensors[key], path, leaves[path], rules, layers.resolve(sources, key))
-        for key, path in found.paths.items()
-    ]
-    pairs = [pair for pair in candidates if isinstance(pair, Pair)]
+    table = layers.fact_table(found, *declared, transposed, flattened or {})
+    pairs, errors, notes = layers.match_layers(found, table, tensors, leaves)
     refuse(
         naming.name_hints(found, better)
         + "The state_dict and the Flax variables must match, tensor by tensor, but:",
-        naming.name_errors(found, better, tied.keys() | skipped)
-        + layers.fact_errors(sources, found)
-        + [misfit for misfit in candidates if isinstance(misfit, str)]
-        + layers.ambiguities(pairs, any_transposed),
+        naming.name_errors(found, better, tied.keys() | skipped) + errors,
         "Build both models with the same configuration, or pass `names` to say where in Flax a "
         "module of PyTorch is." + naming.name_proposal(found, better),
     )
-    return Match(tuple(pairs), tied, skipped, tensors, tuple(layers.notes(pairs, any_transposed)))
-
-
-def _pair(
-    key: str, tensor: Any, path: Path, leaf: Any, rules: Rules, facts: LayerFacts
-) -> Pair | str:
-    """The pair of a tensor and a leaf of the same name, or one line that says why there is none."""
-    torch_shape, flax_shape, module = shape(tensor), shape(leaf), module_and_leaf(key)[0]
-    flax = f"Flax's {path_name(path)} of shape {flax_shape}"
-    possible = rule_for(rules, path).layouts(torch_shape, flax_shape, facts)
-    fitting = [layout for layout in possible if layout.torch_shape(flax_shape) == torch_shape]
-    if not fitting:
-        needed = dict.fromkeys(layout.torch_shape(flax_shape) for layout in possible)
-        line = f"misshapen: {key} is {torch_shape}, but {flax} "
-        if needed:
-            line += f"needs {' or '.join(map(str, needed))}"
-        else:
-            line += "has no counterpart: no rule knows such a shape"
-        if facts.transposed and _is_grouped(torch_shape, needed):
-            line += "; Flax has no grouped transposed convolution"
-        kernel = path[-1] == "kernel" and not facts.transposed
-        if kernel and may_be_transposed(torch_shape, flax_shape):
-            line += f"; if it is a transposed convolution, pass transposed=[{module!r}]"
-        return line
-    if len(fitting) > 1:
-        return (
-            f"ambiguous: {key}, of a transposed convolution, is {torch_shape}, which does not show "
-            f"Flax's transpose_kernel: pass transposed={{{module!r}: False}}, or True"
-        )
-    if layouts.kind(tensor) != layouts.kind(leaf):
-        types = f"{key} is {layouts.dtype(tensor)}, but {flax} is {layouts.dtype(leaf)}"
-        return f"of another kind: {types}"
-    return Pair(key, torch_shape, path, flax_shape, layouts.dtype(leaf), fitting[0], facts)
-
-
-def _is_grouped(torch_shape: Shape, needed: Iterable[Shape]) -> bool:
-    """Whether a transposed convolution has fewer outputs than needed, as one of groups has."""
-    return any(
-        torch_shape != other
-        and (torch_shape[0], *torch_shape[2:]) == (other[0], *other[2:])
-        and other[1] % torch_shape[1] == 0
-        for other in needed
-        if len(other) == len(torch_shape)
-    )
+    return Match(pairs, tied, skipped, tensors, notes)
 
 
 def _require_argument_types(names: Any, transposed: Any, flattened: Any) -> None:
@@ -308,19 +253,3 @@ def _refuse_other_collections(leaves: Leaves, rules: Rules) -> None:
             f"PyTorch, but there are also {others}. Leave those out, or, if these are parameters, "
             'put them into {"params": ...}.'
         )
-
-
-def _tied(tensors: Tensors, matched: Collection[str]) -> dict[str, str]:
-    """The tensors that share memory with a matched one, and the key of that one."""
-    first: dict[Hashable, str] = {}
-    for key in tensors:
-        if key in matched and layouts.memory(tensors[key]) is not None:
-            first.setdefault(layouts.memory(tensors[key]), key)
-    others = {key: first.get(layouts.memory(tensor)) for key, tensor in tensors.items()}
-    return {key: other for key, other in others.items() if other not in (None, key)}
-
-
-def _skipped(tensors: Tensors, accounted: Collection[str]) -> dict[str, str]:
-    """The tensors without which Flax does, and why nothing is lost."""
-    leaves = {key: module_and_leaf(key)[1] for key in tensors if key not in accounted}
-    return {k: SKIPPED[leaf](tensors[k]) for k, leaf in leaves.items() if leaf in SKIPPED}

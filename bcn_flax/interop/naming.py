@@ -140,7 +140,7 @@ def match_names(
     }
     found: dict[Canonical, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for key in tensors:
-        module, leaf = module_and_leaf(key)
+        module, _, leaf = key.rpartition(".")
         found[_authors_part(canonical(renames.flax_path(module)), norms)][leaf].append(key)
 
     paths: dict[str, Path] = {}
@@ -208,15 +208,14 @@ def name_proposal(found: NameMatch, better: NameMatch) -> str:
     return "\n".join(["", *lines])
 
 
-def module_and_leaf(key: str) -> tuple[str, str]:
-    """Split a key of a `state_dict`.
+def module_of(key: str) -> str:
+    """The module in a key of a `state_dict`.
 
     Example:
-        >>> module_and_leaf("layers.0.weight"), module_and_leaf("weight")
-        (('layers.0', 'weight'), ('', 'weight'))
+        >>> module_of("layers.0.weight"), module_of("weight")
+        ('layers.0', '')
     """
-    module, _, leaf = key.rpartition(".")
-    return module, leaf
+    return key.rpartition(".")[0]
 
 
 def canonical(components: Iterable[str]) -> Canonical:
@@ -262,7 +261,7 @@ def _authors_part(name: Canonical, batch_channel_norms: Collection[Canonical]) -
 def _likely_keys(path: Path, neighbor: str | None, leaves: Iterable[str]) -> list[str]:
     """The likely keys of a missing tensor: beside its neighbor, or under the name in Flax."""
     parts = [part for component in path for part in _split_numbers(component)]
-    module = ".".join(parts) if neighbor is None else module_and_leaf(neighbor)[0]
+    module = ".".join(parts) if neighbor is None else module_of(neighbor)
     return [f"{module}.{leaf}".removeprefix(".") for leaf in leaves]
 
 
@@ -329,7 +328,7 @@ def _with_proposed_names(found: NameMatch) -> NameMatch:
     own_places = {module: "/".join(found.renames.flax_path(module)) for module in unmatched}
     chosen = {}
     for module in _in_order(own_places, [*found.tensors]):
-        leaves = {module_and_leaf(key)[1]: found.tensors[key] for key in unmatched[module]}
+        leaves = {key.rpartition(".")[2]: found.tensors[key] for key in unmatched[module]}
         needed = {leaf: shape for leaf, shape in leaves.items() if leaf not in SKIPPED}
         for place in free:
             if needed and _fits(needed, {p: found.leaves[p] for p in places[place]}, found.rules):
@@ -343,7 +342,7 @@ def _with_proposed_names(found: NameMatch) -> NameMatch:
 
 
 def _by_torch_module(keys: Iterable[str]) -> dict[str, list[str]]:
-    return _grouped(keys, lambda key: module_and_leaf(key)[0])
+    return _grouped(keys, module_of)
 
 
 def _by_flax_module(paths: Iterable[Path]) -> dict[str, list[Path]]:

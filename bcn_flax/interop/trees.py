@@ -5,7 +5,7 @@ in which the variables of an NNX module have linen's paths.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from flax import nnx
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bcn_flax.interop.layouts import LayerFacts, Path, Shape, is_array, path_name, shape
+from bcn_flax.interop.layouts import SKIPPED, LayerFacts, Path, Shape, is_array, path_name, shape
 
 Tensors = Mapping[str, Any]
 Leaves = dict[Path, Any]
@@ -50,6 +50,22 @@ def torch_convolutions(source: Any) -> dict[str, LayerFacts]:
         return {}
     flags = {path: getattr(m, "transposed", None) for path, m in source.named_modules()}
     return {path: LayerFacts(flag) for path, flag in flags.items() if isinstance(flag, bool)}
+
+
+def tied_tensors(tensors: Tensors, matched: Collection[str]) -> dict[str, str]:
+    """The tensors that share memory with a matched one, and the key of that one."""
+    first: dict[Hashable, str] = {}
+    for key in tensors:
+        if key in matched and _memory(tensors[key]) is not None:
+            first.setdefault(_memory(tensors[key]), key)
+    others = {key: first.get(_memory(tensor)) for key, tensor in tensors.items()}
+    return {key: other for key, other in others.items() if other not in (None, key)}
+
+
+def skipped_tensors(tensors: Tensors, matched: Collection[str]) -> dict[str, str]:
+    """The other tensors without which Flax does, and why nothing is lost."""
+    leaves = {key: key.rpartition(".")[2] for key in tensors if key not in matched}
+    return {k: SKIPPED[leaf](tensors[k]) for k, leaf in leaves.items() if leaf in SKIPPED}
 
 
 def is_state_dict(x: Any) -> bool:
@@ -225,3 +241,10 @@ def _is_torch_module(source: Any) -> bool:
 def _description(x: Any) -> str:
     kind = f"a {type(x).__name__}"
     return f"{kind} of {len(x)} tensors" if is_state_dict(x) else kind
+
+
+def _memory(x: Any) -> Hashable | None:
+    """A key that PyTorch's tensors share if they are the same memory; `None` for all others."""
+    if not hasattr(x, "data_ptr") or not x.data_ptr():
+        return None
+    return x.data_ptr(), shape(x), x.stride()
