@@ -166,8 +166,11 @@ def _linear_primitive(
         return bind(*primals), bind(*dots, *primals[-2:])
 
     def batch(args: Sequence[Any], dims: Sequence[Any], *, kept: Any, copy: int) -> Any:
-        size = next(a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None)
-        front = [batching.bdim_at_front(a, d, size) for a, d in zip(args, dims, strict=True)]
+        mapped, dim = next((a, d) for a, d in zip(args, dims, strict=True) if d is not None)
+        size, mesh_axis = mapped.shape[dim], jax.typeof(mapped).sharding.spec[dim]
+        front = [
+            batching.bdim_at_front(a, d, size, mesh_axis) for a, d in zip(args, dims, strict=True)
+        ]
         out = primitive.bind(*front, kept=(0, *(k + 1 for k in kept)), copy=copy)
         return out, [0] * len(out)
 

@@ -112,6 +112,25 @@ def test_under_a_mask(spec):
     assert_same(actual, expected)
 
 
+def test_gradients_of_a_vmap_over_sharded_parameters():
+    x, layer = data(), LAYERS["BatchChannelNorm(8)"]
+    variables = layer.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda v: jnp.stack([v, 2 * v, 3 * v, 4 * v]), variables["params"])
+
+    @jax.jit
+    def gradients(params, x):
+        def loss(params, x):
+            y, _ = layer.apply({**variables, "params": params}, x, mutable=["batch_stats"])
+            return jnp.sin(y).sum()
+
+        return jax.grad(lambda *args: jax.vmap(loss, (0, None))(*args).sum(), (0, 1))(params, x)
+
+    expected = gradients(params, x)
+    with jax.set_mesh(mesh()):
+        actual = gradients(put(params, P("model")), put(x, P("data")))
+    assert_same(actual, expected)
+
+
 def test_in_nnx():
     layer = bcn_flax.nnx.BatchChannelNorm(16, num_groups=8, rngs=nnx.Rngs(0))
     x, spec = data(), SPECS["batch and channels"]

@@ -151,8 +151,8 @@ MUTANTS = (
     Mutant(
         "vmap-along-the-first-axis-only",
         SPACE,
-        "batching.bdim_at_front(a, d, size)",
-        "batching.bdim_at_front(a, d and 0, size)",
+        "batching.bdim_at_front(a, d, size, mesh_axis)",
+        "batching.bdim_at_front(a, d and 0, size, mesh_axis)",
         "Under `vmap` the first axis is taken for the new one, wherever that is.",
         hint="a vmap may run",
     ),
