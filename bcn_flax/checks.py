@@ -19,8 +19,8 @@ def require_running_average_flag(layer: str, attribute: bool | None, argument: b
     flag = attribute if argument is None else argument
     if flag is None:
         raise ValueError(
-            f"{layer} must be told whether to normalize by the running averages "
-            "(evaluation) or to update them (training), but use_running_average is None. Either\n"
+            f"{layer} needs use_running_average, true to normalize with the running averages "
+            "(evaluation) or false to update them (training), but it is None. Either\n"
             f"  1. set it in the constructor: {layer}(use_running_average=not train),\n"
             "  2. pass it in the call: layer(x, use_running_average=not train), or\n"
             f"  3. set it for all layers at once: norm = partial({layer}, "

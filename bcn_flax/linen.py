@@ -1,8 +1,8 @@
 """The layers as Flax linen modules.
 
-Thin shells: they own the parameters and the running estimates, and leave the rest to
-`bcn_flax.norms`. Every normalization here has a method `affine`, from the moments of its input to
-the affine map that it applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
+They own the parameters and running averages; `bcn_flax.norms` does the rest. The method `affine` of
+a normalization layer gives the affine map for the moments of an input. Layers are composed with it:
+see `BatchChannelNorm.affine`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from bcn_flax.weight_standardization import Standardization, standardize_kernel
 
 
 class _WithRunningAverages(nn.Module):
-    """What layers with running averages share: the arguments of `nn.BatchNorm`, and the call."""
+    """Base of the layers with running averages: the arguments of `nn.BatchNorm` and the call."""
 
     use_running_average: bool | None = None
     axis: int = -1
@@ -47,10 +47,11 @@ class _WithRunningAverages(nn.Module):
         mask: Bool[Array, "..."] | None = None,
         update_stats: bool | None = None,
     ) -> Float[Array, "n *space c"]:
-        """Normalize `x`; `mask` is true at the values that count in the moments.
+        """Normalize `x`; `mask` is true where a value counts in the mean and variance.
 
         Raises:
-            ValueError: bad input or arguments, or nobody said whether to use the running averages.
+            ValueError: the input cannot be normalized, an argument is out of its range, or
+                `use_running_average` is given neither here nor in the constructor.
         """
         evaluate = checks.require_running_average_flag(
             type(self).__name__, self.use_running_average, use_running_average
@@ -59,20 +60,20 @@ class _WithRunningAverages(nn.Module):
         return norms.normalize(self, x, mask, lambda m: self.affine(m, evaluate, update))
 
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
-        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
+        """The map for an input with moments `m`; `update_stats` updates the running averages."""
         raise NotImplementedError
 
 
 class BatchNorm(_WithRunningAverages):
-    """Batch normalization, as `flax.linen.BatchNorm`, accurate at large means, exact under masks.
-
-    In training it standardizes each channel by the mean and the biased variance of the batch, and
-    moves the running averages towards them; in evaluation, by the running averages:
+    """Batch normalization: `flax.linen.BatchNorm`, but accurate at large means and with masks.
 
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
 
+    In training `mean` and `var` (biased) are those of each channel of the batch, and the running
+    averages are updated; in evaluation they are the running averages.
+
     Parameters are `scale` and `bias`, `(c,)`; statistics are `mean` and `var`, `(c,)`, in the
-    collection `batch_stats`, in float32 or wider. They do not move during initialization.
+    collection `batch_stats`, in float32 or wider. Initialization does not update them.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -83,27 +84,25 @@ class BatchNorm(_WithRunningAverages):
         >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
 
     Attributes:
-        use_running_average: true in evaluation, false in training; may be given in the call
-            instead, which wins.
-        axis: the channel axis. The first axis is the batch's.
-        momentum: the weight of the old running average.
-        epsilon: added to the variance, inside the root.
-        dtype: of the result; by default what the input and the parameters, if any, promote to.
-        param_dtype: of the parameters.
+        use_running_average: true in evaluation, false in training; the call can override it.
+        axis: the channel axis; axis 0 is the batch axis.
+        momentum: the weight of the old value in the running averages.
+        epsilon: added to the variance, inside the square root.
+        dtype: dtype of the result; by default the promoted dtype of input and parameters.
+        param_dtype: dtype of the parameters.
         use_bias: whether to learn a bias.
         use_scale: whether to learn a scale.
         bias_init: initializer of the bias.
         scale_init: initializer of the scale.
-        axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled. Inside, the
-            input keeps a batch axis, if only of length 1. Under `jit` with a sharded batch nothing
-            is needed: the batch is pooled whole.
-        axis_index_groups: groups of devices of that axis which pool among themselves.
-        running_variance: which variance enters the running average: "biased", the batch's around
-            its own mean; "unbiased", with Bessel's correction, as in PyTorch; or
+        axis_name: axis of `vmap`, `shard_map` or `pmap` over which batch statistics are pooled. The
+            input on each device still has a batch axis, at least of length 1. Under `jit` with a
+            sharded batch none is needed: the statistics are those of the whole batch.
+        axis_index_groups: groups of devices on that axis; each pools its own statistics.
+        running_variance: the variance in the running averages: "biased", of the batch around its
+            own mean; "unbiased", with Bessel's correction, as in PyTorch; or
             "around_running_mean", of the batch around the old running mean.
-        update_stats: whether a call moves the running averages; None is in training only. True in
-            evaluation normalizes by the averages as they were. May be given in the call instead,
-            which wins.
+        update_stats: whether to update the running averages; by default in training only. True in
+            evaluation normalizes with the averages before the update. The call can override it.
 
     Source: Ioffe and Szegedy, "Batch Normalization", arXiv 1502.03167.
     """
@@ -112,7 +111,7 @@ class BatchNorm(_WithRunningAverages):
 
     @nn.compact
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
-        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
+        """The map for an input with moments `m`; `update_stats` updates the running averages."""
         channels = m.mean.shape[1]
         dtype = promote(self.param_dtype, jnp.float32)
         mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), dtype)
@@ -138,11 +137,10 @@ class BatchNorm(_WithRunningAverages):
 
 
 class EstimatedBatchNorm(BatchNorm):
-    """Batch normalization by the running averages, in training too, where batches are tiny.
+    """Batch normalization with the running averages in training too, for tiny batches.
 
-    In training it first moves the running averages towards the batch's moments and then normalizes
-    by them; no gradient flows through them. Evaluation, parameters, statistics and attributes are
-    those of `BatchNorm`.
+    In training it first updates the running averages and then normalizes with them; no gradient
+    flows through them. Evaluation, parameters, statistics and attributes are those of `BatchNorm`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -152,24 +150,24 @@ class EstimatedBatchNorm(BatchNorm):
         >>> variables = layer.init(jax.random.key(0), x)
         >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
 
-    On its own it trains unstably: nothing bounds the scale of its output while the estimates lag
-    behind. The channel norm that follows it in `BatchChannelNorm` does.
+    On its own it trains unstably: nothing bounds the scale of its output while the running averages
+    lag behind. In `BatchChannelNorm` the channel norm bounds it.
 
-    Source: Qiao et al., arXiv 1903.10520, which estimates the statistics of micro-batches.
+    Source: Qiao et al., arXiv 1903.10520, for the statistics of micro-batches.
     """
 
     estimate: ClassVar[bool] = True
 
 
 class ChannelNorm(nn.Module):
-    """Normalize each group of channels of each sample; one scale and bias for each group.
+    """Normalize each group of channels of each sample, with one scale and bias per group.
 
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
 
-    `flax.linen.GroupNorm` does the same with one scale and bias for each channel.
+    `flax.linen.GroupNorm` is the same with one scale and bias per channel.
 
-    Parameters are `scale` and `bias`, `(groups,)`. There are no statistics: training and evaluation
-    are the same.
+    Parameters are `scale` and `bias`, `(groups,)`. There are no running averages: training and
+    evaluation are the same.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -179,11 +177,11 @@ class ChannelNorm(nn.Module):
 
     Attributes:
         num_groups: number of groups of consecutive channels.
-        group_size: number of channels in a group; set `num_groups=None` to give this instead.
-        axis: the channel axis. The first axis is the batch's.
-        epsilon: added to the variance, inside the root.
-        dtype: of the result; by default what the input and the parameters, if any, promote to.
-        param_dtype: of the parameters.
+        group_size: number of channels per group, instead of `num_groups`, which must then be None.
+        axis: the channel axis; axis 0 is the batch axis.
+        epsilon: added to the variance, inside the square root.
+        dtype: dtype of the result; by default the promoted dtype of input and parameters.
+        param_dtype: dtype of the parameters.
         use_bias: whether to learn a bias.
         use_scale: whether to learn a scale.
         bias_init: initializer of the bias.
@@ -206,16 +204,17 @@ class ChannelNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "n *space c"], *, mask: Bool[Array, "..."] | None = None
     ) -> Float[Array, "n *space c"]:
-        """Normalize `x`; `mask` is true at the values that count in the moments.
+        """Normalize `x`; `mask` is true where a value counts in the mean and variance.
 
         Raises:
-            ValueError: bad input, or groups that do not divide the channels.
+            ValueError: the input cannot be normalized, an argument is out of its range, or the
+                groups do not divide the channels.
         """
         return norms.normalize(self, x, mask, self.affine)
 
     @nn.compact
     def affine(self, m: Moments) -> Affine:
-        """The map to apply to an input with moments `m`."""
+        """The map for an input with moments `m`."""
         groups = checks.require_group_count(m.mean.shape[1], self.num_groups, self.group_size)
         return norms.channel_norm(m, _learned(self, groups), self.epsilon)
 
@@ -223,10 +222,10 @@ class ChannelNorm(nn.Module):
 class BatchChannelNorm(_WithRunningAverages):
     """Batch-channel normalization: a batch norm, then a channel norm, as one affine map.
 
-    The batch norm keeps channels from collapsing, which a channel norm alone cannot; the channel
-    norm makes it safe to run the batch norm on estimated statistics, so that a batch of one image
-    will do. A drop-in replacement for `flax.linen.BatchNorm`. Give the groups several channels:
-    with one, the channel norm undoes whatever the batch norm did.
+    A drop-in replacement for `flax.linen.BatchNorm`. The batch norm keeps channels from collapsing,
+    which a channel norm alone cannot; the channel norm keeps training with running averages stable,
+    so that a batch of one image is enough. Use several channels per group: with one, the channel
+    norm undoes the batch norm.
 
     Parameters are `batch_norm/{scale,bias}`, `(c,)`, and `channel_norm/{scale,bias}`, `(groups,)`;
     statistics are `batch_norm/{mean,var}`, `(c,)`, in the collection `batch_stats`.
@@ -240,35 +239,33 @@ class BatchChannelNorm(_WithRunningAverages):
         >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
 
     Attributes:
-        use_running_average: true in evaluation, false in training; may be given in the call
-            instead, which wins.
-        axis: the channel axis. The first axis is the batch's.
-        momentum: the weight of the old running average.
-        epsilon: added to both variances, inside the root.
-        dtype: of the result; by default what the input and the parameters, if any, promote to.
-        param_dtype: of the parameters.
-        use_bias: whether to learn biases, in both norms.
-        use_scale: whether to learn scales, in both norms.
+        use_running_average: true in evaluation, false in training; the call can override it.
+        axis: the channel axis; axis 0 is the batch axis.
+        momentum: the weight of the old value in the running averages.
+        epsilon: added to both variances, inside the square root.
+        dtype: dtype of the result; by default the promoted dtype of input and parameters.
+        param_dtype: dtype of the parameters.
+        use_bias: whether both norms learn a bias.
+        use_scale: whether both norms learn a scale.
         bias_init: initializer of the channel norm's bias; the batch norm's starts at 0.
-        scale_init: initializer of the channel norm's scale; the batch norm's starts at 1. Zeros
-            make a residual branch start as the identity.
-        axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled. Inside, the
-            input keeps a batch axis, if only of length 1. Under `jit` with a sharded batch nothing
-            is needed: the batch is pooled whole.
-        axis_index_groups: groups of devices of that axis which pool among themselves.
-        running_variance: which variance enters the running average: "biased", the batch's around
-            its own mean; "unbiased", with Bessel's correction, as in PyTorch; or
+        scale_init: initializer of the channel norm's scale; the batch norm's starts at 1. With
+            zeros a residual block starts as the identity.
+        axis_name: axis of `vmap`, `shard_map` or `pmap` over which batch statistics are pooled. The
+            input on each device still has a batch axis, at least of length 1. Under `jit` with a
+            sharded batch none is needed: the statistics are those of the whole batch.
+        axis_index_groups: groups of devices on that axis; each pools its own statistics.
+        running_variance: the variance in the running averages: "biased", of the batch around its
+            own mean; "unbiased", with Bessel's correction, as in PyTorch; or
             "around_running_mean", of the batch around the old running mean.
-        update_stats: whether a call moves the running averages; None is in training only. True in
-            evaluation normalizes by the averages as they were. May be given in the call instead,
-            which wins.
+        update_stats: whether to update the running averages; by default in training only. True in
+            evaluation normalizes with the averages before the update. The call can override it.
         num_groups: number of groups of consecutive channels.
-        group_size: number of channels in a group; set `num_groups=None` to give this instead.
-        estimate: whether the batch norm normalizes by the running averages in training too
-            (`EstimatedBatchNorm`), or by the batch (`BatchNorm`), which wants large batches.
-        batch_epsilon: epsilon of the batch norm, where it is not that of the channel norm.
+        group_size: number of channels per group, instead of `num_groups`, which must then be None.
+        estimate: whether the batch norm uses the running averages in training too
+            (`EstimatedBatchNorm`) or the batch statistics (`BatchNorm`), for large batches.
+        batch_epsilon: epsilon of the batch norm; by default `epsilon`.
 
-    The variants that other codes compute have names in `bcn_flax.variants.BCN`.
+    `bcn_flax.variants.BCN` has the arguments of each published implementation.
 
     Source: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization", arXiv 1903.10520.
@@ -281,7 +278,7 @@ class BatchChannelNorm(_WithRunningAverages):
 
     @nn.compact
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
-        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
+        """The map for an input with moments `m`; `update_stats` updates the running averages."""
         shared: dict[str, Any] = {
             "param_dtype": self.param_dtype,
             "use_bias": self.use_bias,
@@ -310,7 +307,7 @@ class BatchChannelNorm(_WithRunningAverages):
 
 
 class _StandardizedKernel(nn.Module):
-    """Use the parameter `kernel` standardized. What is stored, and trained, is the raw one."""
+    """Standardize the parameter `kernel` at each use. The raw kernel is stored and trained."""
 
     standardization: Standardization = Standardization()
 
@@ -319,8 +316,8 @@ class _StandardizedKernel(nn.Module):
         value = super().param(name, *args, **kwargs)
         if name != "kernel":
             return value
-        # The kernel of a transposed convolution may have its last two axes exchanged, and that of
-        # any convolution a mask of zeros and ones.
+        # A transposed convolution may have the last two axes of its kernel exchanged, and any
+        # convolution a mask of zeros and ones.
         axis = -2 if getattr(self, "transpose_kernel", False) else -1
         mask = getattr(self, "mask", None)
         gain = None
@@ -338,11 +335,11 @@ class _StandardizedKernel(nn.Module):
 class WSConv(_StandardizedKernel, nn.Conv):
     """`flax.linen.Conv` with weight standardization: see `standardize_kernel`.
 
-    Takes every argument of `nn.Conv` and has its parameters; `standardization` says how, see
-    `Standardization`. The kernel is standardized in float32 or wider before it is cast to `dtype`,
-    on the fly: the parameter stays raw.
+    It has the arguments and parameters of `nn.Conv`, and `standardization`, see `Standardization`.
+    Each call standardizes the kernel, in float32 or wider, before the cast to `dtype`; the
+    parameter stays raw.
 
-    Follow it with a normalization: standardized weights have no scale of their own to learn.
+    Follow it with a normalization layer: standardized kernels cannot learn a scale.
 
     Example:
         >>> import jax, jax.numpy as jnp

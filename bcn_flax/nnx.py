@@ -1,10 +1,10 @@
-"""The layers as Flax NNX modules: those of `bcn_flax.linen`, with the same names and numbers.
+"""The layers as Flax NNX modules: those of `bcn_flax.linen`, with the same names and results.
 
-Thin shells: they own the parameters and the running estimates, and leave the rest to
-`bcn_flax.norms`. Every normalization here has a method `affine`, from the moments of its input to
-the affine map that it applies, and that is how layers are composed: see `BatchChannelNorm.affine`.
+They own the parameters and running averages; `bcn_flax.norms` does the rest. The method `affine` of
+a normalization layer gives the affine map for the moments of an input. Layers are composed with it:
+see `BatchChannelNorm.affine`.
 
-The docstrings say what is different in NNX; what a layer computes is said at its namesake in linen.
+The docstrings describe what is different in NNX; those of `bcn_flax.linen` have the equations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class _WithRunningAverages(nnx.Module):
-    """What layers with running averages share: the call, and the view."""
+    """Base of the layers with running averages: the call and the view."""
 
     num_features: int
     use_running_average: bool | None
@@ -46,10 +46,11 @@ class _WithRunningAverages(nnx.Module):
         mask: Bool[Array, "..."] | None = None,
         update_stats: bool | None = None,
     ) -> Float[Array, "n *space c"]:
-        """Normalize `x`; `mask` is true at the values that count in the moments.
+        """Normalize `x`; `mask` is true where a value counts in the mean and variance.
 
         Raises:
-            ValueError: bad input, or nobody said whether to use the running averages.
+            ValueError: the input cannot be normalized, or `use_running_average` is given neither
+                here nor in the layer.
         """
         evaluate = checks.require_running_average_flag(
             type(self).__name__, self.use_running_average, use_running_average
@@ -58,17 +59,17 @@ class _WithRunningAverages(nnx.Module):
         return norms.normalize(self, x, mask, lambda m: self.affine(m, evaluate, update))
 
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
-        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
+        """The map for an input with moments `m`; `update_stats` updates the running averages."""
         raise NotImplementedError
 
     def set_view(
         self, use_running_average: bool | None = None, update_stats: bool | None = None
     ) -> None:
-        """What `nnx.view` sets; indented as `nnx.view_info` reads it.
+        """Set what `nnx.view` sets; `nnx.view_info` needs this indentation.
 
         Args:
           use_running_average: true in evaluation, false in training.
-          update_stats: whether a call moves the running averages.
+          update_stats: whether a call updates the running averages.
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
@@ -87,7 +88,7 @@ class BatchNorm(_WithRunningAverages):
         >>> from flax import nnx
         >>> from bcn_flax.nnx import BatchNorm
         >>> layer = BatchNorm(32, rngs=nnx.Rngs(0))
-        >>> y = layer(jnp.ones((4, 8, 8, 32)))  # training: the statistics move
+        >>> y = layer(jnp.ones((4, 8, 8, 32)))  # training: updates the statistics
         >>> y = nnx.view(layer, use_running_average=True)(y)  # evaluation
     """
 
@@ -120,24 +121,23 @@ class BatchNorm(_WithRunningAverages):
         Args:
             num_features: number of channels of the input.
             use_running_average: true in evaluation, false in training; `.train()`, `.eval()` and
-                `nnx.view` set it, and the call may give another, which wins.
-            axis: the channel axis. The first axis is the batch's.
-            momentum: the weight of the old running average.
-            epsilon: added to the variance, inside the root.
-            dtype: of the result; by default what the input and the parameters, if any, promote to.
-            param_dtype: of the parameters.
+                `nnx.view` set it, and the call can override it.
+            axis: the channel axis; axis 0 is the batch axis.
+            momentum: the weight of the old value in the running averages.
+            epsilon: added to the variance, inside the square root.
+            dtype: dtype of the result; by default the promoted dtype of input and parameters.
+            param_dtype: dtype of the parameters.
             use_bias: whether to learn a bias.
             use_scale: whether to learn a scale.
             bias_init: initializer of the bias.
             scale_init: initializer of the scale.
-            axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
-            axis_index_groups: groups of devices of that axis which pool among themselves.
-            running_variance: which variance enters the running average, see
-                `bcn_flax.linen.BatchNorm`.
-            update_stats: whether a call moves the running averages; None is in training only.
+            axis_name: axis of `vmap`, `shard_map` or `pmap` over which batch statistics are pooled.
+            axis_index_groups: groups of devices on that axis; each pools its own statistics.
+            running_variance: the variance in the running averages, see `bcn_flax.linen.BatchNorm`.
+            update_stats: whether to update the running averages; by default in training only.
             rngs: random numbers for the initializers.
-            bias_metadata: of the bias, for example its sharding.
-            scale_metadata: of the scale.
+            bias_metadata: metadata of the bias, for example its sharding.
+            scale_metadata: metadata of the scale.
 
         Raises:
             ValueError: an argument is out of its range.
@@ -155,7 +155,7 @@ class BatchNorm(_WithRunningAverages):
         self.use_bias = use_bias
         self.use_scale = use_scale
         self.axis_name = axis_name
-        # What an NNX module holds besides arrays must have a hash, and lists have none.
+        # The static attributes of an NNX module must be hashable.
         self.axis_index_groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
         self.running_variance = running_variance
         self.update_stats = update_stats
@@ -166,7 +166,7 @@ class BatchNorm(_WithRunningAverages):
         self.bias = _parameter(use_bias, bias_init, shape, param_dtype, bias_metadata, rngs)
 
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
-        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
+        """The map for an input with moments `m`; `update_stats` updates the running averages."""
         _require_num_features(m.mean.shape[1], self.num_features)
         f, stats = norms.batch_norm(
             m,
@@ -187,7 +187,7 @@ class BatchNorm(_WithRunningAverages):
 
 
 class EstimatedBatchNorm(BatchNorm):
-    """`bcn_flax.linen.EstimatedBatchNorm` in NNX; arguments and variables of `BatchNorm`.
+    """`bcn_flax.linen.EstimatedBatchNorm` in NNX; its arguments are those of `BatchNorm`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -200,7 +200,7 @@ class EstimatedBatchNorm(BatchNorm):
 
 
 class ChannelNorm(nnx.Module):
-    """`bcn_flax.linen.ChannelNorm` in NNX: one scale and bias for each group.
+    """`bcn_flax.linen.ChannelNorm` in NNX: one scale and bias per group.
 
     Parameters are `scale` and `bias`, `(groups,)`.
 
@@ -234,21 +234,21 @@ class ChannelNorm(nnx.Module):
         Args:
             num_features: number of channels of the input.
             num_groups: number of groups of consecutive channels.
-            group_size: number of channels in a group; set `num_groups=None` to give this instead.
-            axis: the channel axis. The first axis is the batch's.
-            epsilon: added to the variance, inside the root.
-            dtype: of the result; by default what the input and the parameters, if any, promote to.
-            param_dtype: of the parameters.
+            group_size: number of channels per group; requires `num_groups=None`.
+            axis: the channel axis; axis 0 is the batch axis.
+            epsilon: added to the variance, inside the square root.
+            dtype: dtype of the result; by default the promoted dtype of input and parameters.
+            param_dtype: dtype of the parameters.
             use_bias: whether to learn a bias.
             use_scale: whether to learn a scale.
             bias_init: initializer of the bias.
             scale_init: initializer of the scale.
             rngs: random numbers for the initializers.
-            bias_metadata: of the bias, for example its sharding.
-            scale_metadata: of the scale.
+            bias_metadata: metadata of the bias, for example its sharding.
+            scale_metadata: metadata of the scale.
 
         Raises:
-            ValueError: epsilon is out of its range, or groups do not divide the channels.
+            ValueError: epsilon is out of its range, or the groups do not divide the channels.
         """
         checks.require_epsilon(epsilon)
         self.num_features = num_features
@@ -266,15 +266,15 @@ class ChannelNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "n *space c"], *, mask: Bool[Array, "..."] | None = None
     ) -> Float[Array, "n *space c"]:
-        """Normalize `x`; `mask` is true at the values that count in the moments.
+        """Normalize `x`; `mask` is true where a value counts in the mean and variance.
 
         Raises:
-            ValueError: bad input.
+            ValueError: the input cannot be normalized.
         """
         return norms.normalize(self, x, mask, self.affine)
 
     def affine(self, m: Moments) -> Affine:
-        """The map to apply to an input with moments `m`."""
+        """The map for an input with moments `m`."""
         _require_num_features(m.mean.shape[1], self.num_features)
         return norms.channel_norm(m, _learned(self, self.num_groups), self.epsilon)
 
@@ -282,7 +282,7 @@ class ChannelNorm(nnx.Module):
 class BatchChannelNorm(_WithRunningAverages):
     """`bcn_flax.linen.BatchChannelNorm` in NNX: a drop-in replacement for `flax.nnx.BatchNorm`.
 
-    Its parts are modules: `batch_norm`, with parameters and statistics `(num_features,)`, and
+    Its submodules are `batch_norm`, with parameters and statistics `(num_features,)`, and
     `channel_norm`, with parameters `(groups,)`.
 
     Example:
@@ -290,7 +290,7 @@ class BatchChannelNorm(_WithRunningAverages):
         >>> from flax import nnx
         >>> from bcn_flax.nnx import BatchChannelNorm
         >>> layer = BatchChannelNorm(32, num_groups=8, rngs=nnx.Rngs(0))
-        >>> y = layer(jnp.ones((1, 8, 8, 32)))  # training: the statistics move
+        >>> y = layer(jnp.ones((1, 8, 8, 32)))  # training: updates the statistics
         >>> layer.eval()
         >>> y = layer(y)
     """
@@ -326,33 +326,32 @@ class BatchChannelNorm(_WithRunningAverages):
         Args:
             num_features: number of channels of the input.
             num_groups: number of groups of consecutive channels.
-            group_size: number of channels in a group; set `num_groups=None` to give this instead.
-            estimate: whether the batch norm normalizes by the running averages in training too
-                (`EstimatedBatchNorm`), or by the batch (`BatchNorm`), which wants large batches.
+            group_size: number of channels per group; requires `num_groups=None`.
+            estimate: whether the batch norm uses the running averages in training too
+                (`EstimatedBatchNorm`) or the batch statistics (`BatchNorm`), for large batches.
             use_running_average: true in evaluation, false in training; `.train()`, `.eval()` and
-                `nnx.view` set it, and the call may give another, which wins.
-            axis: the channel axis. The first axis is the batch's.
-            momentum: the weight of the old running average.
-            epsilon: added to both variances, inside the root.
-            batch_epsilon: epsilon of the batch norm, where it is not that of the channel norm.
-            dtype: of the result; by default what the input and the parameters, if any, promote to.
-            param_dtype: of the parameters.
-            use_bias: whether to learn biases, in both norms.
-            use_scale: whether to learn scales, in both norms.
+                `nnx.view` set it, and the call can override it.
+            axis: the channel axis; axis 0 is the batch axis.
+            momentum: the weight of the old value in the running averages.
+            epsilon: added to both variances, inside the square root.
+            batch_epsilon: epsilon of the batch norm; by default `epsilon`.
+            dtype: dtype of the result; by default the promoted dtype of input and parameters.
+            param_dtype: dtype of the parameters.
+            use_bias: whether both norms learn a bias.
+            use_scale: whether both norms learn a scale.
             bias_init: initializer of the channel norm's bias; the batch norm's starts at 0.
-            scale_init: initializer of the channel norm's scale; the batch norm's starts at 1. Zeros
-                make a residual branch start as the identity.
-            axis_name: axis of `vmap`, `shard_map` or `pmap` over which the batch is pooled.
-            axis_index_groups: groups of devices of that axis which pool among themselves.
-            running_variance: which variance enters the running average, see
-                `bcn_flax.linen.BatchNorm`.
-            update_stats: whether a call moves the running averages; None is in training only.
+            scale_init: initializer of the channel norm's scale; the batch norm's starts at 1. With
+                zeros a residual block starts as the identity.
+            axis_name: axis of `vmap`, `shard_map` or `pmap` over which batch statistics are pooled.
+            axis_index_groups: groups of devices on that axis; each pools its own statistics.
+            running_variance: the variance in the running averages, see `bcn_flax.linen.BatchNorm`.
+            update_stats: whether to update the running averages; by default in training only.
             rngs: random numbers for the initializers.
-            bias_metadata: of both biases, for example their sharding.
-            scale_metadata: of both scales.
+            bias_metadata: metadata of both biases, for example their sharding.
+            scale_metadata: metadata of both scales.
 
         Raises:
-            ValueError: an argument is out of its range, or groups do not divide the channels.
+            ValueError: an argument is out of its range, or the groups do not divide the channels.
         """
         self.num_features = num_features
         self.axis = axis
@@ -392,7 +391,7 @@ class BatchChannelNorm(_WithRunningAverages):
 
     @property
     def use_running_average(self) -> bool | None:
-        """Whether to evaluate: the batch norm's."""
+        """That of the batch norm: true in evaluation, false in training."""
         return self.batch_norm.use_running_average
 
     @use_running_average.setter
@@ -401,7 +400,7 @@ class BatchChannelNorm(_WithRunningAverages):
 
     @property
     def update_stats(self) -> bool | None:
-        """Whether a call moves the running averages: the batch norm's."""
+        """That of the batch norm: whether to update the running averages."""
         return self.batch_norm.update_stats
 
     @update_stats.setter
@@ -409,15 +408,15 @@ class BatchChannelNorm(_WithRunningAverages):
         self.batch_norm.update_stats = value
 
     def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
-        """The map to apply to an input with moments `m`; with `update_stats`, move the averages."""
+        """The map for an input with moments `m`; `update_stats` updates the running averages."""
         f = self.batch_norm.affine(m, use_running_average, update_stats)
         return chain(f, self.channel_norm.affine(push(f, m)))
 
 
 class _StandardizedKernel(nnx.Module):
-    """Use the kernel standardized. What is stored, and trained, is the raw one.
+    """Standardize the kernel at each use. The raw kernel is stored and trained.
 
-    Flax passes the kernel through `promote_dtype` before it uses it: here it is standardized first.
+    Flax calls `promote_dtype` on the kernel before each use; here that standardizes it first.
     """
 
     kernel: nnx.Param[Array]
@@ -428,7 +427,7 @@ class _StandardizedKernel(nnx.Module):
         standardization: Standardization = Standardization(),
         **kwargs: Any,
     ) -> None:
-        """Take the arguments of the Flax layer; `standardization` says how."""
+        """Take the arguments of the Flax layer, and `standardization`."""
         super().__init__(*args, **kwargs)
         self.standardization = standardization
         raw = self.kernel[...]
@@ -440,7 +439,7 @@ class _StandardizedKernel(nnx.Module):
 
     @property
     def promote_dtype(self) -> PromoteDtypeFn:
-        """Standardize the kernel, then do what `promote_dtype` does."""
+        """Standardize the kernel, then promote."""
         return self._standardize_and_promote
 
     @promote_dtype.setter
@@ -449,14 +448,14 @@ class _StandardizedKernel(nnx.Module):
 
     @property
     def _out_axis(self) -> int:
-        # The kernel of a transposed convolution may have its last two axes exchanged.
+        # A transposed convolution may have the last two axes of its kernel exchanged.
         return -2 if getattr(self, "transpose_kernel", False) else -1
 
     def _standardize_and_promote(
         self, values: tuple[Array, Array, Array | None], /, **kwargs: Any
     ) -> Any:
-        # Flax has multiplied this kernel by its mask. To begin with the raw one, and to multiply in
-        # the end, is what happens in linen, to the last bit of the gradients.
+        # Flax has already multiplied this kernel by its mask. Starting from the raw kernel and
+        # multiplying at the end gives the gradients of linen to the last bit.
         x, _, bias = values
         mask = getattr(self, "mask", None)
         kernel = standardize_kernel(
@@ -474,9 +473,9 @@ class _StandardizedKernel(nnx.Module):
 class WSConv(_StandardizedKernel, nnx.Conv):
     """`bcn_flax.linen.WSConv` in NNX: `flax.nnx.Conv` with weight standardization.
 
-    Takes every argument of `nnx.Conv` and has its parameters; `standardization` says how, see
-    `Standardization`. The kernel is standardized in float32 or wider before it is cast to `dtype`,
-    on the fly: the parameter stays raw.
+    It has the arguments and parameters of `nnx.Conv`, and `standardization`, see `Standardization`.
+    Each call standardizes the kernel, in float32 or wider, before the cast to `dtype`; the
+    parameter stays raw.
 
     Example:
         >>> import jax.numpy as jnp
@@ -503,7 +502,7 @@ def _parameter(
     rngs: nnx.Rngs,
 ) -> nnx.Param[Array] | None:
     if not wanted:
-        return nnx.data(None)  # what is absent is still data: a parameter may take its place
+        return nnx.data(None)  # data, so that a parameter can replace it later
     return nnx.Param(init(rngs.params(), shape, dtype), **metadata)
 
 

@@ -104,8 +104,8 @@ KERNEL = (
     "and axis={}."
 )
 FLAG = (
-    "{0} must be told whether to normalize by the running averages (evaluation) or to update them "
-    "(training), but use_running_average is None. Either\n"
+    "{0} needs use_running_average, true to normalize with the running averages (evaluation) or "
+    "false to update them (training), but it is None. Either\n"
     "  1. set it in the constructor: {0}(use_running_average=not train),\n"
     "  2. pass it in the call: layer(x, use_running_average=not train), or\n"
     "  3. set it for all layers at once: norm = partial({0}, use_running_average=not train)."

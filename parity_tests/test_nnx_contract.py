@@ -144,7 +144,7 @@ class TestSwitches:
 
     def test_nobody_said_which(self):
         layer = build(AVERAGING["bcn"], use_running_average=None)
-        with pytest.raises(ValueError, match="BatchChannelNorm must be told"):
+        with pytest.raises(ValueError, match="BatchChannelNorm needs use_running_average"):
             layer(data())
 
     def test_view_info_explains_them(self):
@@ -152,7 +152,7 @@ class TestSwitches:
   use_running_average: bool | None = None
     true in evaluation, false in training.
   update_stats: bool | None = None
-    whether a call moves the running averages."""
+    whether a call updates the running averages."""
         assert nnx.view_info(build(AVERAGING["batch_norm"])) == f"BatchNorm:\n{switches}"
         assert nnx.view_info(build(AVERAGING["bcn"])).count(switches) == 2
 
