@@ -1,4 +1,4 @@
-"""Folding and recalibration of linen models.
+"""Recalibration of linen models, and folding beyond test_folding.py.
 
 Both run eagerly for the most part, where each operation compiles once for each shape. So all tests
 have the same few shapes: images of 4 channels, and layers of 6.
@@ -18,16 +18,11 @@ from jax import export
 from bcn_flax import (
     BatchChannelNorm,
     BatchNorm,
-    EstimatedBatchNorm,
     WSConv,
-    WSConvTranspose,
-    WSDense,
 )
 from bcn_flax.models import VGG
 from bcn_flax.surgery.linen import fold, recalibrate
-from bcn_flax.variants import WS
 from parity_tests.draws import random_variables
-from parity_tests.test_drop_in import ResidualBlock
 from parity_tests.tolerances import assert_close
 
 RNG = np.random.default_rng(0)
@@ -85,56 +80,6 @@ def test_a_vgg_folds(model):
     assert "batch_stats" not in folded.variables
 
 
-def test_a_residual_network_folds():
-    """Convolutions without a bias get one; those before an addition have their own norm."""
-    model = Net((ResidualBlock(6, NORM, WSConv), ResidualBlock(6, NORM, WSConv)))
-    folded = assert_folds(model, variables_of(model), ulps=1024)  # five layers
-    names = names_of(folded.variables)
-    assert "layers_0/conv_proj/bias" in names
-    assert not any("batch_norm" in name for name in names)
-
-
-LAYERS = {
-    "one space axis": ((WSConv(6, (3,)), BatchNorm(True)), (2, 7, 4)),
-    "three space axes": ((WSConv(6, (3, 2, 3)), BatchNorm(True)), (2, 4, 4, 4, 4)),
-    "grouped": ((WSConv(6, (3, 3), feature_group_count=2), NORM()), IMAGES.shape),
-    "masked": (
-        (WSConv(6, (3, 3), mask=jnp.ones((3, 3, 4, 6)).at[1:].set(0)), NORM()),
-        IMAGES.shape,
-    ),
-    "transposed": ((WSConvTranspose(6, (3, 3), (2, 2)), NORM()), IMAGES.shape),
-    "transposed kernel": (
-        (WSConvTranspose(6, (3, 3), transpose_kernel=True), NORM()),
-        IMAGES.shape,
-    ),
-    "dense": ((WSDense(6), BatchNorm(True)), (5, 4)),
-    "with a gain": ((WSConv(6, (3, 3), standardization=WS["nfnet"]), NORM()), IMAGES.shape),
-    "plain convolution": ((nn.Conv(6, (3, 3), use_bias=False), NORM()), IMAGES.shape),
-    "batch norm": ((WSConv(6, (3, 3)), BatchNorm(True)), IMAGES.shape),
-    "estimated": ((WSConv(6, (3, 3)), EstimatedBatchNorm(True)), IMAGES.shape),
-    "without scale and bias": (
-        (WSConv(6, (3, 3)), NORM(use_scale=False, use_bias=False)),
-        IMAGES.shape,
-    ),
-    "its own epsilon": ((WSConv(6, (3, 3)), NORM(batch_epsilon=0.5)), IMAGES.shape),
-    "group size": ((WSConv(6, (3, 3)), NORM(num_groups=None, group_size=2)), IMAGES.shape),
-    "no norm": ((WSConv(6, (3, 3)), nn.relu, WSConv(6, (1, 1))), IMAGES.shape),
-}
-
-
-@pytest.mark.parametrize(("layers", "shape"), LAYERS.values(), ids=LAYERS)
-def test_every_layer_folds(layers, shape):
-    x = jnp.asarray(RNG.normal(1, 2, shape), jnp.float32)
-    model = Net(layers)
-    variables = variables_of(model, x)
-    folded = assert_folds(model, variables, x)
-    before, after = (
-        sum(leaf.size for leaf in jax.tree.leaves(v)) for v in (variables, folded.variables)
-    )
-    assert after <= before
-    assert not any("batch_norm" in name for name in names_of(folded.variables))
-
-
 def test_the_result_is_the_definition_in_float64():
     """Not a copy of what the layers do: the kernel and bias by NumPy."""
     model = Net((WSConv(6, (3, 3)), NORM()))
@@ -153,27 +98,6 @@ def test_the_result_is_the_definition_in_float64():
     actual = folded.variables["params"]["layers_0"]
     assert_close(actual["kernel"], kernel * scale, ulps=2, dtype=np.float32)
     assert_close(actual["bias"], bias, ulps=2, dtype=np.float32)
-
-
-def test_what_is_shared_or_apart_stays_as_it_is():
-    """A convolution that is called twice, and a norm that follows an addition."""
-
-    class Odd(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = nn.Conv(6, (3, 3), name="first")(x)
-            conv = WSConv(6, (3, 3), name="twice")
-            x = NORM(name="after_twice")(conv(conv(x)))
-            return NORM(name="after_sum")(x + WSConv(6, (3, 3), name="once")(x))
-
-    model = Odd()
-    variables = variables_of(model)
-    folded = assert_folds(model, variables)
-    assert folded.norms == frozenset()
-    assert set(folded.convolutions) == {("twice",), ("once",)}
-    jax.tree.map(
-        np.testing.assert_array_equal, folded.variables["batch_stats"], variables["batch_stats"]
-    )
 
 
 def test_layers_under_scan_stay_as_they_are():
@@ -210,41 +134,8 @@ def test_layers_under_remat_fold():
     assert len(folded.norms) == 1
 
 
-class Fork(nn.Module):
-    """The output of the first convolution goes elsewhere too, that of the second one does not."""
-
-    elsewhere: float = 1.0
-    classify: bool = False
-
-    @nn.compact
-    def __call__(self, x):
-        y = WSConv(6, (3, 3), name="forked")(x)
-        y = NORM(name="after_forked")(y) + self.elsewhere * y
-        y = NORM(name="after_straight")(WSConv(6, (3, 3), name="straight")(y))
-        return y.mean((1, 2)).argmax(-1) if self.classify else y
-
-
-@pytest.mark.parametrize(
-    ("model", "x"),
-    [
-        (Fork(1e-6), jnp.zeros_like(IMAGES)),
-        (Fork(classify=True), IMAGES),
-    ],
-    ids=["slightly", "hidden"],
-)
-def test_an_output_that_goes_elsewhere_too_keeps_its_norm(model, x):
-    """However little the example shows of it."""
-    variables = variables_of(model)
-    folded = fold(model, variables, x)
-    assert folded.norms == {("after_straight",)}
-    assert set(folded.convolutions) == {("forked",), ("straight",)}
-    actual = folded.apply(folded.variables, IMAGES).astype(jnp.float32)
-    expected = model.apply(variables, IMAGES).astype(jnp.float32)
-    assert_close(actual, expected, ulps=1024, dtype=np.float32)
-
-
 def test_mixed_precision_folds_as_precisely():
-    """Against float32, the folded network is no farther off than the unfolded one may be."""
+    """Compared with float32, the folded network is about as accurate as the unfolded one."""
 
     def network(dtype):
         layers = ()
@@ -276,8 +167,8 @@ class Compiled(nn.Module):
         return NORM()(WSConv(6, (3, 3))(x)) + WSConv(6, (1, 1), name="alone")(x)
 
 
-def test_what_is_compiled_already_is_seen_all_the_same():
-    """And nothing that was compiled for the folded network is taken for the other, or back."""
+def test_modules_that_are_compiled_already_are_traced_again():
+    """What was compiled for the folded network is not used for the other, or the reverse."""
     model = Net((Compiled(),))
     variables = variables_of(model)
     expected = model.apply(variables, IMAGES)
@@ -296,22 +187,6 @@ def test_what_is_compiled_already_is_seen_all_the_same():
 def test_a_layer_alone_folds():
     layer = WSConv(6, (3, 3))
     assert_folds(layer, variables_of(layer))
-
-
-def test_arguments_by_name_are_arguments_too():
-    class Named(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            x = NORM()(x=WSConv(6, (3, 3))(inputs=x))
-            return x, BatchNorm(True)(x=nn.Conv(6, (3, 3))(inputs=x))
-
-    variables = variables_of(Named())
-    folded = fold(Named(), variables, IMAGES)
-    assert len(folded.norms) == 2
-    for actual, expected in zip(
-        folded.apply(folded.variables, IMAGES), Named().apply(variables, IMAGES), strict=True
-    ):
-        assert_close(actual, expected, ulps=256, dtype=np.float32)
 
 
 def test_the_mask_still_masks_and_the_type_is_still_the_norms():
@@ -352,12 +227,6 @@ def test_boxes_are_opened_and_other_collections_are_kept():
 def test_training_is_refused():
     model = Net((WSConv(6, (3, 3)), NORM(use_running_average=False)))
     with pytest.raises(ValueError, match="layers_1 was in training"):
-        fold(model, variables_of(model), IMAGES)
-
-
-def test_nothing_to_fold_is_refused():
-    model = Net((nn.Conv(6, (3, 3)), nn.relu, NORM()))
-    with pytest.raises(ValueError, match="something to fold"):
         fold(model, variables_of(model), IMAGES)
 
 
@@ -412,8 +281,8 @@ def inputs_of_norms(model, variables, x, **call):
 
 
 class TestRecalibration:
-    def test_one_batch_makes_the_network_agree_with_itself(self):
-        """In evaluation each norm measures the very moments that it normalizes by."""
+    def test_after_one_batch_the_input_of_every_norm_has_the_stored_moments(self):
+        """In evaluation, on that batch."""
         _, variables = recalibrated()
         for path, m in inputs_of_norms(DEEP, variables, IMAGES).items():
             stats = variables["batch_stats"]
@@ -474,7 +343,7 @@ class TestRecalibration:
             assert_close(stats["var"], x.var((0, 1)), ulps=64, dtype=np.float32)
             x, _ = jax.jit(Block().apply)(layer, x, None)
 
-    def test_what_is_not_an_array_is_an_argument_too(self):
+    def test_arguments_that_are_not_arrays_are_passed_on(self):
         class Flagged(nn.Module):
             @nn.compact
             def __call__(self, x, train):
@@ -485,8 +354,8 @@ class TestRecalibration:
         mean = stats["batch_stats"]["BatchNorm_0"]["mean"]
         assert_close(mean, IMAGES.mean((0, 1, 2)), ulps=16, dtype=np.float32)
 
-    def test_what_no_batch_reaches_and_what_is_not_ours_stays(self):
-        """Even if it is NaN; and Flax's own norm, though it trains."""
+    def test_norms_that_are_not_called_and_norms_of_flax_keep_their_statistics(self):
+        """Even NaN; and even if Flax's norm is in training."""
 
         class Mixed(nn.Module):
             @nn.compact
@@ -503,7 +372,7 @@ class TestRecalibration:
             jax.tree.map(np.testing.assert_array_equal, stats[name], variables["batch_stats"][name])
         assert (stats["used"]["var"] != variables["batch_stats"]["used"]["var"]).all()
 
-    def test_nothing_that_is_masked_counts(self):
+    def test_masked_values_do_not_count(self):
         class Masked(nn.Module):
             @nn.compact
             def __call__(self, x, mask):
@@ -525,11 +394,11 @@ class TestRecalibration:
         assert stats["mean"].dtype == jnp.bfloat16
         assert_close(stats["mean"], x.mean(0), ulps=1, dtype=jnp.bfloat16)
 
-    def test_what_was_there_before_is_forgotten(self):
-        """NaN too."""
+    def test_old_statistics_are_discarded(self):
+        """Even NaN."""
         variables, expected = recalibrated()
-        spoilt = jax.tree.map(lambda s: jnp.full_like(s, jnp.nan), variables["batch_stats"])
-        actual = recalibrate(DEEP, {**variables, "batch_stats": spoilt}, [IMAGES])
+        with_nan = jax.tree.map(lambda s: jnp.full_like(s, jnp.nan), variables["batch_stats"])
+        actual = recalibrate(DEEP, {**variables, "batch_stats": with_nan}, [IMAGES])
         jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
     def test_only_the_statistics_change_and_in_a_copy(self):
@@ -556,7 +425,7 @@ class TestRecalibration:
             assert_close(mean, 3 * IMAGES.mean((0, 1, 2)), ulps=16, dtype=np.float32)
 
     def test_a_network_trained_by_micro_batches_evaluates_better(self):
-        """Averages of a rate that is too slow are far from the data; recalibrated they are near."""
+        """Recalibrated statistics fit the data, even from their initial values."""
         model = BatchChannelNorm(num_groups=1, use_running_average=True)
         x = RNG.normal(1, 2, (4, 8, 8, 3)) * [1, 10, 100] + 50
         x = x.astype(np.float32)

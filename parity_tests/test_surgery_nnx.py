@@ -1,4 +1,4 @@
-"""Conversion, folding and recalibration of NNX models.
+"""Conversion and recalibration of NNX models, and folding beyond test_folding.py.
 
 Here too all tests have the same few shapes, images of 4 channels and layers of 6, for which each
 operation that runs eagerly compiles once.
@@ -19,12 +19,9 @@ from bcn_flax.nnx import (
     BatchNorm,
     ChannelNorm,
     WSConv,
-    WSConvTranspose,
-    WSDense,
 )
 from bcn_flax.surgery import linen
 from bcn_flax.surgery.nnx import convert_batch_norm, fold, recalibrate
-from bcn_flax.variants import WS
 from parity_tests.tolerances import assert_close
 
 RNG = np.random.default_rng(0)
@@ -73,7 +70,7 @@ def assert_unchanged(model, before):
 
 
 class TestConversion:
-    def test_norms_and_the_convolutions_before_them_carry_all_over(self):
+    def test_parameters_statistics_and_arguments_are_carried_over(self):
         model = randomized(CNN(rngs=nnx.Rngs(0)))
         before = snapshot(model)
         converted = convert_batch_norm(model, IMAGES, num_groups=2)
@@ -116,7 +113,7 @@ class TestConversion:
         converted = convert_batch_norm(model, IMAGES, num_groups=2)
         assert converted.a_norm.use_running_average == (mode == "eval")
 
-    def test_what_a_filter_names_is_left(self):
+    def test_leave_leaves_modules_unchanged(self):
         converted = convert_batch_norm(
             CNN(rngs=nnx.Rngs(0)),
             IMAGES,
@@ -150,7 +147,7 @@ class TestConversion:
         converted = convert_batch_norm(nnx.BatchNorm(6, rngs=nnx.Rngs(0)), num_groups=2, ws=False)
         assert isinstance(converted, BatchChannelNorm)
 
-    def test_what_had_no_scale_and_bias_learns_some(self):
+    def test_missing_scales_and_biases_are_added(self):
         bare = nnx.BatchNorm(6, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
         converted = convert_batch_norm(bare, num_groups=2, ws=False)
         assert (converted.batch_norm.scale[...] == jnp.ones(6)).all()
@@ -268,58 +265,7 @@ def norm(rngs, **kwargs):
     return BatchChannelNorm(6, num_groups=2, rngs=rngs, **kwargs)
 
 
-SHAPE = IMAGES.shape
-LAYERS = {
-    "one space axis": (
-        lambda r: row(WSConv(4, 6, (3,), rngs=r), BatchNorm(6, rngs=r)),
-        (2, 7, 4),
-    ),
-    "grouped": (
-        lambda r: row(WSConv(4, 6, (3, 3), feature_group_count=2, rngs=r), norm(r)),
-        SHAPE,
-    ),
-    "masked": (
-        lambda r: row(
-            WSConv(4, 6, (3, 3), mask=jnp.ones((3, 3, 4, 6)).at[1:].set(0), rngs=r), norm(r)
-        ),
-        SHAPE,
-    ),
-    "transposed kernel": (
-        lambda r: row(WSConvTranspose(4, 6, (3, 3), transpose_kernel=True, rngs=r), norm(r)),
-        SHAPE,
-    ),
-    "dense": (lambda r: row(WSDense(4, 6, rngs=r), BatchNorm(6, rngs=r)), (5, 4)),
-    "with a gain": (
-        lambda r: row(WSConv(4, 6, (3, 3), standardization=WS["nfnet"], rngs=r), norm(r)),
-        SHAPE,
-    ),
-    "plain convolution": (
-        lambda r: row(nnx.Conv(4, 6, (3, 3), use_bias=False, rngs=r), norm(r, batch_epsilon=0.5)),
-        SHAPE,
-    ),
-    "batch norm": (
-        lambda r: row(WSConv(4, 6, (3, 3), rngs=r), BatchNorm(6, use_scale=False, rngs=r)),
-        SHAPE,
-    ),
-    "no norm": (lambda r: row(WSConv(4, 6, (3, 3), rngs=r), nnx.relu), (2, 5, 5, 4)),
-}
-
-
 class TestFolding:
-    @pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LAYERS)
-    def test_every_layer_folds(self, make, shape):
-        x = jnp.asarray(RNG.normal(1, 2, shape), jnp.float32)
-        model = randomized(make(nnx.Rngs(0)))
-        before = snapshot(model)
-        folded = fold(model, x)
-        assert_unchanged(model, before)
-        kinds = {type(m) for _, m in nnx.iter_modules(folded)}
-        assert not kinds & {WSConv, WSConvTranspose, WSDense, BatchChannelNorm, BatchNorm}
-        assert not jax.tree.leaves(nnx.state(folded, nnx.BatchStat))
-        model.eval()
-        # Some 100 products are summed.
-        assert_close(folded(x), model(x), ulps=256, dtype=np.float32)
-
     def test_a_converted_network_folds_and_exports(self):
         model = convert_batch_norm(randomized(CNN(rngs=nnx.Rngs(0))), IMAGES, num_groups=2)
         model.eval()
@@ -329,25 +275,6 @@ class TestFolding:
             exported = export.export(evaluate)(state, IMAGES)
             expected = model(IMAGES)
             assert_close(exported.call(state, IMAGES), expected, ulps=1024, dtype=np.float32)
-
-    @pytest.mark.parametrize("classify", [False, True])
-    def test_an_output_that_goes_elsewhere_too_keeps_its_norm(self, classify):
-        """However little the example shows of it."""
-
-        class Fork(nnx.Module):
-            def __init__(self, rngs):
-                self.forked, self.after_forked = WSConv(4, 6, (3, 3), rngs=rngs), norm(rngs)
-                self.straight, self.after_straight = WSConv(6, 6, (3, 3), rngs=rngs), norm(rngs)
-
-            def __call__(self, x):
-                y = self.forked(x)
-                y = self.after_straight(self.straight(self.after_forked(y) + 1e-6 * y))
-                return y.mean((1, 2)).argmax(-1) if classify else y
-
-        folded = fold(randomized(Fork(nnx.Rngs(0))), jnp.zeros_like(IMAGES))
-        assert isinstance(folded.after_forked, BatchChannelNorm)
-        assert isinstance(folded.after_straight, ChannelNorm)
-        assert type(folded.forked) is type(folded.straight) is nnx.Conv
 
     def test_layers_that_are_stored_as_one_stay(self):
         class Deep(nnx.Module):
@@ -387,36 +314,6 @@ class TestFolding:
         folded = fold(Counting(nnx.Rngs(0)), IMAGES, True)  # a flag is no array
         assert folded.count[...] == 0
         assert type(folded.norm) is ChannelNorm
-
-    def test_two_norms_of_one_output_stay(self):
-        class Two(nnx.Module):
-            def __init__(self, rngs):
-                self.conv = WSConv(4, 6, (3, 3), rngs=rngs)
-                self.first, self.second = norm(rngs), norm(rngs)
-
-            def __call__(self, x):
-                y = self.conv(x)
-                return self.first(y) + self.second(y)
-
-        folded = fold(randomized(Two(nnx.Rngs(0))), IMAGES)
-        kinds = [type(m) for m in (folded.conv, folded.first, folded.second)]
-        assert kinds == [nnx.Conv, BatchChannelNorm, BatchChannelNorm]
-
-    def test_a_norm_that_is_called_with_flags_stays(self):
-        class Flagged(nnx.Module):
-            def __init__(self, rngs):
-                self.conv, self.norm = WSConv(4, 6, (3, 3), rngs=rngs), norm(rngs)
-
-            def __call__(self, x):
-                return self.norm(self.conv(x), use_running_average=True)
-
-        folded = fold(randomized(Flagged(nnx.Rngs(0))), IMAGES)
-        assert isinstance(folded.norm, BatchChannelNorm)
-        assert type(folded.conv) is nnx.Conv
-
-    def test_nothing_to_fold_is_refused(self):
-        with pytest.raises(ValueError, match="something to fold"):
-            fold(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), jnp.ones((1, 3)))
 
 
 class TestRecalibration:
@@ -461,7 +358,7 @@ class TestRecalibration:
         assert_close(model.norm.mean[...], expected, ulps=16, dtype=np.float32)
 
     @pytest.mark.parametrize("batches", [[], IMAGES, [IMAGES, IMAGES.at[0].set(jnp.nan)]])
-    def test_what_is_refused_changes_nothing(self, batches):
+    def test_after_an_error_nothing_has_changed(self, batches):
         model = randomized(BatchChannelNorm(4, num_groups=2, rngs=nnx.Rngs(0)))
         before = snapshot(model)
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""An existing PyTorch model becomes one with BCN and WS, and its statistics those of given data."""
+"""Conversion and recalibration of PyTorch models."""
 
 import copy
 import re
@@ -172,7 +172,7 @@ def test_a_model_that_is_a_norm_is_converted_with_all_that_it_has(kind, shape):
     assert new.batch_norm.scale.data_ptr() != norm.weight.data_ptr()
 
 
-def test_what_a_norm_does_not_have_starts_from_the_beginning():
+def test_missing_scales_shifts_and_statistics_start_at_their_initial_values():
     bare = nn.BatchNorm2d(8, affine=False, track_running_stats=False)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), bare).to(torch.bfloat16)
     norm = convert_batch_norm(model, groups=2)[1]
@@ -274,7 +274,7 @@ def test_only_the_convolution_that_feeds_the_norm_is_standardized():
 
 
 class Crossed(nn.Module):
-    """Defined in an order that tells a wrong story."""
+    """The convolution before the norm is not the last one defined before it."""
 
     def __init__(self):
         super().__init__()
@@ -300,7 +300,7 @@ def test_an_example_shows_which_convolution_feeds_the_norm():
     assert seen.training
 
 
-def test_an_order_that_tells_no_story_is_refused():
+def test_an_ambiguous_order_of_definition_is_refused_without_an_example():
     convolutions = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
     norms = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
     model = nn.Sequential(*convolutions, *norms)
@@ -310,6 +310,8 @@ def test_an_order_that_tells_no_story_is_refused():
         BatchChannelNorm,
         BatchChannelNorm,
     ]
+    seen = convert_batch_norm(model, groups=2, example_inputs=(torch.randn(2, 8, 5, 5),))
+    assert [type(m) for m in seen][:2] == [nn.Conv2d, WSConv2d]
 
 
 def test_a_model_without_batch_norms_has_nothing_to_convert():
@@ -317,7 +319,7 @@ def test_a_model_without_batch_norms_has_nothing_to_convert():
         convert_batch_norm(nn.Conv2d(3, 8, 3))
 
 
-def test_what_does_something_of_its_own_is_left_or_refused_but_never_turned():
+def test_subclasses_with_a_forward_of_their_own_are_left_or_refused():
     class ScaledConv(nn.Conv2d):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -338,7 +340,7 @@ def test_what_does_something_of_its_own_is_left_or_refused_but_never_turned():
         converted_kinds(NormWithActivation(8))
 
 
-def test_what_is_shared_stays_shared_and_what_is_tied_stays_tied():
+def test_shared_modules_stay_shared_and_tied_weights_stay_tied():
     norm, conv = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
     model = nn.ModuleDict({"a": nn.Sequential(conv, norm), "b": nn.Sequential(norm), "c": conv})
     model["tied"] = nn.Conv2d(8, 8, 3)
@@ -352,7 +354,7 @@ def test_what_is_shared_stays_shared_and_what_is_tied_stays_tied():
     assert new["tied"].weight is not conv.weight
 
 
-def test_an_example_changes_neither_random_state_nor_example():
+def test_running_an_example_changes_neither_the_random_state_nor_the_example():
     model = nn.Sequential(nn.ReLU(inplace=True), Crossed())
     model[1].register_forward_hook(lambda module, args, y: y + torch.rand(()))
     x, state = -torch.ones(2, 4, 5, 5), torch.get_rng_state()
@@ -550,13 +552,13 @@ def test_after_one_batch_the_input_of_every_norm_has_the_stored_mean_and_varianc
 
 
 @every_norm
-def test_what_the_estimates_were_plays_no_part_not_even_if_it_was_nan(make):
-    fresh, spoilt = shallow(make()), shallow(make())
-    for buffer in spoilt.buffers():
+def test_old_estimates_are_discarded_even_nan(make):
+    fresh, with_nan = shallow(make()), shallow(make())
+    for buffer in with_nan.buffers():
         buffer.fill_(torch.nan)
-    for model in (fresh, spoilt):
+    for model in (fresh, with_nan):
         recalibrate(model, batches(3, 2))
-    assert_equal(spoilt.state_dict(), fresh.state_dict())
+    assert_equal(with_nan.state_dict(), fresh.state_dict())
 
 
 @every_norm
@@ -575,7 +577,7 @@ def test_nothing_but_the_estimates_changes(make, update_stats):
     assert torch.equal(torch.get_rng_state(), rng)  # no dropout was drawn
 
 
-def test_a_module_that_stays_in_evaluation_whatever_it_is_told_is_left_alone():
+def test_a_module_that_overrides_train_keeps_its_mode():
     class Stubborn(nn.Sequential):
         def train(self, mode=True):
             return super().train(False)
@@ -612,7 +614,7 @@ def test_a_norm_that_no_batch_reaches_keeps_its_estimates(value):
         assert_equal(estimate, torch.full((2,), value), equal_nan=True)
 
 
-def poisoned():
+def with_nan():
     good, bad = batches(3, 3)
     bad[1, 0, 2, 2] = torch.nan
     return [good, bad]
@@ -633,7 +635,7 @@ FINITE = (
 )
 FAILURES = {
     "no batches": (list, ValueError, REACHED),
-    "nan": (poisoned, ValueError, FINITE),
+    "nan": (with_nan, ValueError, FINITE),
     "of the iterator": (failing, ZeroDivisionError, ""),
     "of the model": (lambda: [torch.ones(1, 7, 6, 6, dtype=torch.float64)], RuntimeError, None),
 }
