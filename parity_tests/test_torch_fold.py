@@ -38,11 +38,11 @@ def assert_close(actual, expected, *, roundings):
     torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
-bcn = partial(BatchChannelNorm, groups=4)
-small_vgg = partial(VGG, ((8,), (16, 16)), norm=bcn)
+BCN = partial(BatchChannelNorm, groups=4)
+small_vgg = partial(VGG, ((8,), (16, 16)), norm=BCN)
 NETWORKS = {
     "vgg-bcn": small_vgg,
-    "vgg-bcn-batch": partial(small_vgg, norm=partial(bcn, estimate=False)),
+    "vgg-bcn-batch": partial(small_vgg, norm=partial(BCN, estimate=False)),
     "vgg-bn": partial(small_vgg, norm=BatchNorm),
     "vgg-bcn-no-ws": partial(small_vgg, conv=nn.Conv2d),
     "vgg-nfnet": partial(small_vgg, conv=partial(WSConv2d, standardization=WS["nfnet"])),
