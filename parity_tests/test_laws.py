@@ -1,5 +1,6 @@
 """The laws that the algebra stands on hold for any shape, axis and data."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,15 +20,15 @@ pytestmark = pytest.mark.usefixtures("x64")
 # squares: 1e4 ulps of its terms, with room for the number of terms.
 ULPS = 1e5
 
-# Few sizes, an odd one and a prime one among them: every new shape is compiled anew.
-dims = st.sampled_from([1, 2, 5])
+# Few shapes, of any rank and with sizes of 1 and odd ones: every new one is compiled anew.
+SHAPES = [(1, 1), (5, 2), (2, 5, 1), (1, 2, 5), (5, 1, 2, 2), (2, 5, 2, 5), (2, 2, 1, 5, 2)]
 seeds = st.integers(0, 2**32 - 1)
 
 
 @st.composite
 def activations(draw, min_space=0):
     """`x` of any rank, in float64, with a mean and a size of its own in every channel."""
-    shape = (draw(dims), *draw(st.lists(dims, min_size=min_space, max_size=3)), draw(dims))
+    shape = draw(st.sampled_from([s for s in SHAPES if len(s) >= 2 + min_space]))
     rng = np.random.default_rng(draw(seeds))
     mean, std = rng.uniform(-10, 10, shape[-1:]), rng.uniform(0.1, 3, shape[-1:])
     return mean + std * rng.standard_normal(shape)
@@ -93,9 +94,9 @@ def test_push_gives_the_moments_of_the_applied_map(x, seed):
     assert_same_moments(moments(mapped(f, x, m)), pushed)
 
 
-@given(dims, dims, seeds)
-def test_chain_is_associative_and_reads_in_order(n, c, seed):
-    rng = np.random.default_rng(seed)
+@given(st.sampled_from([(1, 1), (5, 2), (2, 5)]), seeds)
+def test_chain_is_associative_and_reads_in_order(shape, seed):
+    (n, c), rng = shape, np.random.default_rng(seed)
     f, g, h = (maps(rng, n, c) for _ in range(3))
     x = jnp.asarray(rng.normal(size=(n, c)))
     left = affine.chain(affine.chain(f, g), h)
@@ -158,36 +159,35 @@ def test_standardize_gives_mean_0_and_variance_1(x):
     assert_close(standardized.var, m.var / (m.var + 1e-5), ulps=10, dtype=np.float64)
 
 
+def variance(v):
+    return moments(v).var
+
+
+def definition_of_variance(v):
+    return jnp.var(v, axis=space_of(v))
+
+
+@partial(jax.jit, static_argnums=0)
+def derivatives(variance, x, direction):
+    """The first and second ones of a function of the variance."""
+    gradient = jax.grad(lambda v: jnp.sum(jnp.sin(variance(v))))
+    return jax.jvp(gradient, (x,), (direction,))
+
+
 @given(activations(min_space=1))
 def test_the_origin_has_no_derivative_of_its_own(x):
     """First and second derivatives of the variance are those of its definition."""
-
-    def ours(v):
-        return jnp.sum(jnp.sin(moments(v).var))
-
-    def definition(v):
-        return jnp.sum(jnp.sin(jnp.var(v, axis=space_of(x))))
-
-    direction = jnp.asarray(np.random.default_rng(1).normal(size=x.shape))
-
-    def curvature(f):
-        return lambda v: jax.jvp(jax.grad(f), (v,), (direction,))[1]
-
+    direction = np.random.default_rng(1).normal(size=x.shape)
     scale = 1 + np.square(x).max()
-    for derivative in (jax.grad, curvature):
-        assert_close(
-            jax.jit(derivative(ours))(x),
-            jax.jit(derivative(definition))(x),
-            ulps=ULPS,
-            dtype=np.float64,
-            scale=scale,
-        )
+    actual, expected = (derivatives(f, x, direction) for f in (variance, definition_of_variance))
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, ulps=ULPS, dtype=np.float64, scale=scale)
 
 
 def test_the_clamp_leaves_the_derivatives_of_a_constant_channel():
     """At variance 0 the second derivative is that of the variance, not of the clamp."""
     x = jnp.full((1, 5, 1), 7.0)
-    hessian = jax.hessian(lambda v: moments(v).var.sum())(x).reshape(5, 5)
+    hessian = jax.jit(jax.hessian(lambda v: moments(v).var.sum()))(x).reshape(5, 5)
     expected = 2 / 5 * (np.eye(5) - 1 / 5)
     assert_close(hessian, expected, ulps=100, dtype=np.float64)
 
