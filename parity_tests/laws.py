@@ -131,6 +131,9 @@ NNX_NORMS = {
     "NNX BatchChannelNorm of the batch": NNX_NOT_ESTIMATED,
 }
 NNX = {
+    "NNX EstimatedBatchNorm": of_nnx(
+        "EstimatedBatchNorm", num_features=C, use_running_average=False
+    ),
     **NNX_NORMS,
     "NNX BatchChannelNorm in evaluation": NNX_ESTIMATED.called_with(use_running_average=True),
     "NNX BatchChannelNorm, frozen": NNX_NOT_ESTIMATED.called_with(update_stats=False),

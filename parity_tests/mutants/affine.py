@@ -86,7 +86,7 @@ MUTANTS = (
         "average(deviation, m.var + jnp.square(deviation))",
         "average(deviation, jnp.square(deviation))",
         "The law of total variance without the mean of the variances.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "devices-not-pooled",

@@ -11,7 +11,7 @@ MUTANTS = (
         "lambda weight: np.moveaxis(weight, (0, 1), (-1, -2))",
         "lambda weight: np.moveaxis(weight, (0, 1), (-2, -1))",
         "Input and output features of a kernel from PyTorch trade places.",
-        hint="WSDense nnx",
+        hint="WSDense linen float64",
     ),
     Mutant(
         "kernel-not-transposed-back",
@@ -19,7 +19,7 @@ MUTANTS = (
         "lambda kernel: np.moveaxis(kernel, (-1, -2), (0, 1))",
         "lambda kernel: np.moveaxis(kernel, (-2, -1), (0, 1))",
         "Input and output features of a kernel from Flax trade places.",
-        hint="WSDense nnx",
+        hint="WSDense linen float64",
     ),
     Mutant(
         "window-transposed",
@@ -27,7 +27,7 @@ MUTANTS = (
         "lambda weight: np.moveaxis(weight, (0, 1), (-1, -2))",
         "lambda weight: weight.T",
         "All axes of a kernel from PyTorch are reversed, height and width among them.",
-        hint="WSConv nnx",
+        hint="WSConv linen float64",
     ),
     Mutant(
         "transposed-kernel-not-flipped",

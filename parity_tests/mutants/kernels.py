@@ -36,7 +36,7 @@ MUTANTS = (
         "var = unbiased(m) if how.unbiased else m.var",
         "var = m.var",
         "The biased variance by default, as in BiT and timm.",
-        hint="WSDense nnx",
+        hint="WSDense linen float64",
     ),
     Mutant(
         "weights-epsilon-outside-the-root",
@@ -52,7 +52,7 @@ MUTANTS = (
         "inverse = lax.rsqrt(s * (var + how.epsilon))",
         "inverse = lax.rsqrt(s * var)",
         "Nothing keeps the root of a small variance away from 0.",
-        hint="WSDense nnx",
+        hint="WSDense linen float64",
     ),
     Mutant(
         "weights-epsilon-added-not-a-floor",

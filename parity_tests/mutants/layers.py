@@ -123,7 +123,7 @@ MUTANTS = (
         "        epsilon: float = 1e-5,\n"
         "        dtype: Dtype | None = None,",
         "BatchNorm has the default of `flax.nnx.BatchNorm`, not that of this library.",
-        hint="BatchNorm nnx",
+        hint="NNX EstimatedBatchNorm",
     ),
     Mutant(
         "nnx-call-flag-ignored",

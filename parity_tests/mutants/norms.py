@@ -51,7 +51,7 @@ MUTANTS = (
         "mixed = momentum * widen(old) + rate * new",
         "mixed = rate * widen(old) + momentum * new",
         "PyTorch's momentum in Flax's place, as in bonlime/pytorch-tools (issue 97).",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "weights-do-not-add-up-to-1",
@@ -59,7 +59,7 @@ MUTANTS = (
         "_moving_average(running, batch, momentum, 1 - momentum, variance)",
         "_moving_average(running, batch, momentum, momentum, variance)",
         "Old and new estimates have the same weight: together 1.8, and the estimates grow.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "gradient-through-the-estimates",
@@ -79,7 +79,7 @@ MUTANTS = (
         '        case "biased":\n            var = batch.var',
         '        case "biased":\n            var = unbiased(batch)',
         "PyTorch's running variance in the place of Flax's: off by n / (n - 1).",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "running-variance-not-unbiased",
@@ -103,7 +103,7 @@ MUTANTS = (
         "average(running.var, var)",
         "average(running.mean, var)",
         "The running variance continues the running mean: a slip of copy and paste.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "bessel-upside-down",
@@ -111,7 +111,7 @@ MUTANTS = (
         "m.var * (m.weight / jnp.maximum(m.weight - 1, 1))",
         "m.var * (jnp.maximum(m.weight - 1, 1) / m.weight)",
         "Bessel's correction makes a variance larger, not smaller.",
-        hint="WSDense nnx",
+        hint="WSDense linen float64",
     ),
     Mutant(
         "nan-poisons-the-statistics",
@@ -192,7 +192,7 @@ MUTANTS = (
         "m = Moments(widen(m.mean), widen(m.var), origin=m.origin)",
         "m = Moments(widen(m.mean), widen(m.var))",
         "The mean of the batch is measured from its origin, and subtracted as if from 0.",
-        hint="BatchNorm nnx",
+        hint="BatchNorm linen float64",
     ),
     Mutant(
         "channel-norm-scale-and-bias-ignored",
@@ -210,7 +210,7 @@ MUTANTS = (
         "    learned = per_channel(learned, m.mean)\n"
         "    pooled = pool_groups(m, learned.scale.shape[1])",
         "Moments over space only: an instance norm.",
-        hint="ChannelNorm nnx",
+        hint="ChannelNorm linen float64",
     ),
     Mutant(
         "channel-norm-of-the-batch",
@@ -228,7 +228,7 @@ MUTANTS = (
         "    return f",
         "The map of a group is one of deviations from the group's origin; the values are measured "
         "from those of the channels.",
-        hint="ChannelNorm nnx",
+        hint="ChannelNorm linen float64",
     ),
     Mutant(
         "channels-always-last",
@@ -269,7 +269,7 @@ MUTANTS = (
         "return not evaluate if flag is None else flag",
         "return False if flag is None else flag",
         "The running averages never move: the README of the authors never sets their rate.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "update-flag-ignored",

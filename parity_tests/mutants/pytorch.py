@@ -13,7 +13,7 @@ MUTANTS = (
         "torch.sqrt(var + self.eps)",
         "(torch.sqrt(var) + self.eps)",
         "The divisor is std + eps.",
-        hint="ChannelNorm nnx",
+        hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-epsilon-missing",
@@ -21,7 +21,7 @@ MUTANTS = (
         "torch.sqrt(var + self.eps)",
         "torch.sqrt(var)",
         "Nothing keeps the root of a small variance away from 0.",
-        hint="ChannelNorm nnx",
+        hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-shift-ignored",
@@ -29,7 +29,7 @@ MUTANTS = (
         "_along_axis_1(self.scale, x) * x_hat + _along_axis_1(self.shift, x)",
         "_along_axis_1(self.scale, x) * x_hat",
         "The norms do not shift.",
-        hint="ChannelNorm nnx",
+        hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-unbiased-variance",
@@ -37,7 +37,7 @@ MUTANTS = (
         "var = ((x - mean) ** 2).mean(axes, keepdim=True)",
         "var = x.var(axes, keepdim=True)",
         "`Tensor.var` is unbiased by default.",
-        hint="ChannelNorm nnx",
+        hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-one-pass-variance",
@@ -53,7 +53,7 @@ MUTANTS = (
         "        mean, var = batch_moments(x)",
         "        mean, var = batch_moments(x.detach())",
         "Batch norm without the gradient through the batch's mean and variance.",
-        hint="BatchNorm nnx",
+        hint="BatchNorm linen float64",
     ),
     Mutant(
         "torch-training-does-not-update",
@@ -61,7 +61,7 @@ MUTANTS = (
         "        mean, var = batch_moments(x)\n        if self.update_stats is not False:",
         "        mean, var = batch_moments(x)\n        if self.update_stats:",
         "By default the running estimates of BatchNorm never move.",
-        hint="BatchNorm nnx",
+        hint="BatchNorm linen float64",
     ),
     Mutant(
         "torch-evaluation-updates",
@@ -69,7 +69,7 @@ MUTANTS = (
         "if not self.update_stats:",
         "if self.update_stats is False:",
         "By default the running estimates move in evaluation too.",
-        hint="BatchNorm nnx",
+        hint="BatchNorm linen float64",
     ),
     Mutant(
         "torch-evaluation-by-the-batch",
@@ -77,7 +77,7 @@ MUTANTS = (
         "        if not self.update_stats:\n            return self._estimates(x)",
         "        if not self.update_stats:\n            return batch_moments(x)",
         "Evaluation normalizes by whatever else is in the batch.",
-        hint="BatchNorm nnx",
+        hint="BatchNorm linen float64",
     ),
     Mutant(
         "torch-update-with-gradient",
@@ -86,7 +86,7 @@ MUTANTS = (
         "    def _update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:",
         "    def _update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:",
         "The estimates keep the graph of every batch alive, as in the annotated implementation.",
-        hint="BatchNorm nnx",
+        hint="BatchNorm linen float64",
     ),
     Mutant(
         "torch-momentum-swapped",
@@ -94,7 +94,7 @@ MUTANTS = (
         "        mu_hat = (1 - r) * self.exp_mean + r * mu",
         "        mu_hat = r * self.exp_mean + (1 - r) * mu",
         "Flax's momentum in PyTorch's place, for the mean.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "torch-running-variance-swapped",
@@ -102,7 +102,7 @@ MUTANTS = (
         "        sigma2_hat = (1 - r) * self.exp_var + r * sigma2",
         "        sigma2_hat = r * self.exp_var + (1 - r) * sigma2",
         "Flax's momentum in PyTorch's place, for the variance.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "torch-nan-poisons-the-statistics",
@@ -122,7 +122,7 @@ MUTANTS = (
         "\n"
         "    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:",
         "The running variance of PyTorch's own batch norm: off by n / (n - 1).",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "torch-running-variance-not-unbiased",
@@ -151,7 +151,7 @@ MUTANTS = (
         "            return before\n"
         "        return self._estimates(x)",
         "The batch is normalized by the estimates of the batches before it.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "torch-gradient-through-the-estimates",
@@ -165,7 +165,7 @@ MUTANTS = (
         "            return mu_hat + leak[0], sigma2_hat + leak[1]\n"
         "        return self._estimates(x)",
         "Normalizing by the updated estimates lets a tenth of the batch's gradient through.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "torch-statistics-of-the-output",
@@ -178,7 +178,7 @@ MUTANTS = (
         "        return self._estimates(x)",
         "The estimates move towards the moments of the normalized values, as in "
         "bonlime/pytorch-tools.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "torch-estimate-normalizes-by-the-batch",
@@ -187,7 +187,7 @@ MUTANTS = (
         "        return self._estimates(x)",
         "            self._update(x, *batch_moments(x.detach()))\n        return batch_moments(x)",
         "EstimatedBatchNorm is a plain batch norm in training.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "torch-groups-interleaved",
@@ -195,7 +195,7 @@ MUTANTS = (
         "grouped = widen(x).unflatten(1, (self.groups, -1))",
         "grouped = widen(x).unflatten(1, (-1, self.groups)).transpose(1, 2)",
         "Channels are dealt out to the groups in turn, and come out in another order.",
-        hint="ChannelNorm nnx",
+        hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-channel-norm-without-space",
@@ -203,7 +203,7 @@ MUTANTS = (
         "axes=range(2, grouped.dim())",
         "axes=(2,)",
         "Each pixel by itself: a layer norm of the group.",
-        hint="ChannelNorm nnx",
+        hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-channel-norm-of-space-only",
@@ -211,7 +211,7 @@ MUTANTS = (
         "axes=range(2, grouped.dim())",
         "axes=range(3, grouped.dim())",
         "Each channel by itself: an instance norm.",
-        hint="ChannelNorm nnx",
+        hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-channel-norm-of-the-batch",
@@ -219,7 +219,7 @@ MUTANTS = (
         "axes=range(2, grouped.dim())",
         "axes=(0, *range(2, grouped.dim()))",
         "The channel norm pools its samples, which must not see each other.",
-        hint="ChannelNorm nnx",
+        hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-contiguous-only",
@@ -255,7 +255,7 @@ MUTANTS = (
         "batch_norm = EstimatedBatchNorm if estimate else BatchNorm",
         "batch_norm = EstimatedBatchNorm",
         "Estimated statistics always: a copy in cellseg_models ignores `estimate` too.",
-        hint="BatchChannelNorm nnx float64 num_groups=4 estimate=False",
+        hint="BatchChannelNorm linen float64 num_groups=4 estimate=False",
     ),
     Mutant(
         "torch-rounded-between-the-norms",
@@ -271,7 +271,7 @@ MUTANTS = (
         "(n - standardization.unbiased)",
         "n",
         "The biased variance, as in BiT and timm.",
-        hint="WSDense nnx",
+        hint="WSDense linen float64",
     ),
     Mutant(
         "torch-weights-of-the-window",
@@ -279,7 +279,7 @@ MUTANTS = (
         "axes = tuple(range(1, w.dim()))",
         "axes = tuple(range(2, w.dim())) or (1,)",
         "Each window by itself: input channels are not pooled.",
-        hint="WSConv nnx",
+        hint="WSConv linen float64",
     ),
     Mutant(
         "torch-weights-of-input-channels",
@@ -287,7 +287,7 @@ MUTANTS = (
         "axes = tuple(range(1, w.dim()))",
         "axes = (0, *range(2, w.dim()))",
         "The weights of each input channel are standardized, not those of each output channel.",
-        hint="WSConv nnx",
+        hint="WSConv linen float64",
     ),
     Mutant(
         "torch-weights-not-centered",
@@ -295,7 +295,7 @@ MUTANTS = (
         "standardization.gamma * (w - mean) /",
         "standardization.gamma * w /",
         "Weights are scaled only, as in weight normalization.",
-        hint="WSDense nnx",
+        hint="WSDense linen float64",
     ),
     Mutant(
         "torch-weights-epsilon-outside-the-root",
@@ -303,7 +303,7 @@ MUTANTS = (
         "return (s * (var + eps)).sqrt()",
         "return (s * var).sqrt() + eps",
         "The divisor is std + eps, as in the README of the authors.",
-        hint="WSDense nnx",
+        hint="WSDense linen float64",
     ),
     Mutant(
         "torch-gain-ignored",
@@ -329,7 +329,7 @@ MUTANTS = (
         "        self.weight.data = standardized.data\n"
         "        return self.weight",
         "The standardized weights are stored, and trained, as `nnx.WeightNorm` does.",
-        hint="WSDense nnx",
+        hint="WSDense linen float64",
     ),
     Mutant(
         "torch-half-precision-statistics",
@@ -350,7 +350,7 @@ EQUIVALENT = (
         "            self._update(x, *batch_moments(x))\n        return self._estimates(x)",
         "`_update` records no gradient, whatever it is given; detached, the moments need no graph "
         "to begin with.",
-        hint="EstimatedBatchNorm nnx",
+        hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "torch-view-or-reshape",
