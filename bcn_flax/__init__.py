@@ -1,6 +1,7 @@
 """Batch-Channel Normalization and Weight Standardization for JAX and Flax.
 
-The layers here are those of `bcn_flax.linen`. The algebra they stand on is in `bcn_flax.affine`.
+These are the layers of `bcn_flax.linen`; those for NNX are in `bcn_flax.nnx`. The algebra is in
+`bcn_flax.affine`.
 """
 
 from bcn_flax.affine import MOMENTS

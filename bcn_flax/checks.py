@@ -11,7 +11,7 @@ from jax import Array
 
 
 def require_running_average_flag(layer: str, attribute: bool | None, argument: bool | None) -> bool:
-    """The call or the constructor must say whether to use the running averages.
+    """`use_running_average` must be given, in the call or the constructor.
 
     Returns:
         The argument of the call, or the attribute if there is none.

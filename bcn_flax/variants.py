@@ -1,4 +1,4 @@
-"""The published variants, by name: which arguments make a layer compute what that code computes.
+"""The published variants by name: the arguments with which a layer computes the same.
 
 | checkpoint or code                                                     | `BCN[...]`              |
 |------------------------------------------------------------------------|-------------------------|
@@ -12,7 +12,7 @@
 | authors' WS README in PyTorch; their DeepLabV3; mmcv `ConvWS2d`        | `"authors_pytorch"`     |
 | authors' WS README (TF); big_vision `bit.py`, vision_transformer       | `"authors_tensorflow"`  |
 | BiT: big_transfer, big_vision `bit_paper.py`, scenic; Composer         | `"bit"`                 |
-| timm `StdConv2d`, but for its BiT models                               | `"timm"`                |
+| timm `StdConv2d`, except in its BiT models                             | `"timm"`                |
 | Hugging Face transformers' BiT; timm's BiT models                      | `"hf_bit"`              |
 | TensorFlow DeepLab `conv2d_ws`                                         | `"tf_deeplab"`          |
 | timm `ScaledStdConv2d`                                                 | `"timm_scaled"`         |
@@ -43,8 +43,8 @@ BCN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                 "epsilon": 1e-5,
             }
         ),
-        # The published rate of the estimates is a buffer that starts at 0 and that nothing sets, so
-        # they never move. A checkpoint may hold another: `momentum` is 1 minus it.
+        # In the published code the update rate is a buffer that is 0 and never set, so the running
+        # averages never change. A checkpoint may hold another rate: `momentum` is 1 - rate.
         "authors_readme": MappingProxyType(
             {
                 "estimate": True,
@@ -64,7 +64,7 @@ BCN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
     }
 )
-"""Arguments of `BatchChannelNorm`. As published, "authors_readme" never moves its estimates: give
+"""Arguments of `BatchChannelNorm`. As published, "authors_readme" never updates its statistics: give
 it a `momentum`."""
 
 WS: Mapping[str, Standardization] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""Weight standardization: the kernel of a layer, normalized as if it were the one sample."""
+"""Weight standardization: the kernel of a layer, normalized like a batch of one sample."""
 
 import math
 from collections.abc import Sequence
@@ -19,26 +19,26 @@ EpsilonRole = Literal["added_to_variance", "added_to_deviation", "least_variance
 
 
 class Standardization(NamedTuple):
-    """How to standardize a kernel: what the published codes differ in.
+    """How to standardize a kernel; the published implementations differ in these choices.
 
         w_hat = gamma * gain * (w - mean) / divisor
 
-    with mean and variance over the `N` weights of an output channel. `bcn_flax.variants.WS` has the
-    published ones by name. By default that of the authors' ImageNet code for this method, which is
-    also the annotated implementation's.
+    with mean and variance over the `N` weights of an output channel. The default is that of the
+    authors' ImageNet code and of the annotated implementation; `bcn_flax.variants.WS` has the
+    others.
 
     Attributes:
         unbiased: whether the variance has Bessel's correction, `N / (N - 1)`.
         epsilon: keeps the divisor away from 0.
-        epsilon_role: the divisor is, where `s` is 1, or `N` with `fan_in_scaling`:
+        epsilon_role: the divisor, with `s = N` if `fan_in_scaling`, otherwise 1:
             "added_to_variance": `sqrt(s * (var + epsilon))`;
             "added_to_deviation": `sqrt(s) * (sqrt(var) + epsilon)`;
             "least_variance": `sqrt(max(s * var, epsilon))`.
         fan_in_scaling: whether the result has variance `1 / N` instead of 1, so that the layer
             keeps the variance of its input.
         gain: whether the layer learns a gain for each output channel, `(out,)`, which starts at 1.
-        gamma: a constant factor; networks without norms use that of their activation, timm's all
-            but `dm_nfnet`.
+        gamma: a constant factor. Networks without normalization layers use that of their
+            activation function; in timm all but `dm_nfnet` do.
     """
 
     unbiased: bool = True
@@ -60,19 +60,18 @@ def standardize_kernel(
     """Weight standardization: give the weights of each output channel mean 0 and variance 1.
 
     By default `(w - mean) / sqrt(var + 1e-5)` over all axes but the output channel, with the
-    unbiased variance: the algebra of the activations, with the kernel as the one sample. Computed
-    in float32 or wider, returned in the kernel's dtype.
+    unbiased variance. Computed in float32 or wider, returned in the kernel's dtype.
 
     Args:
         kernel: of a dense layer, `(in, out)`, or of a convolution, `(*window, in, out)`.
-        standardization: which of the published definitions.
+        standardization: the variance, the role of epsilon and the scale of the result.
         gain: a factor for each output channel.
-        axis: the output channel's.
-        mask: true where a weight counts, shaped as the kernel; the others come out as 0.
+        axis: the axis of the output channels.
+        mask: true where a weight counts, shaped as the kernel; the result is 0 elsewhere.
 
     Raises:
-        ValueError: an output channel has a single weight, whose variance is not defined, or a
-            number of `standardization` is out of its range.
+        ValueError: an output channel has a single weight, whose variance is undefined, or an
+            attribute of `standardization` is out of its range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -127,7 +126,7 @@ def _inverse_divisor(m: Moments, how: Standardization) -> Array:
 
 
 def _root(var: Array) -> Array:
-    """The square root, whose derivative at 0 is taken as 0: a constant kernel has a gradient."""
+    """The square root with derivative 0 at 0, so that a constant kernel has a finite gradient."""
     positive = var > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)
 

@@ -1,7 +1,7 @@
 """Batch-Channel Normalization and Weight Standardization in PyTorch: the reference.
 
-Every layer does what the paper says, stage after stage, each line beside its equation. Nothing here
-is clever: read it to learn the method, and hold faster implementations against it.
+Every layer follows the paper stage by stage, with the equation beside each line. Nothing in the
+layers is clever: read them to learn the method, and test faster implementations against them.
 
 Source: Qiao, Wang, Liu, Shen, Yuille, "Micro-Batch Training with Batch-Channel Normalization and
 Weight Standardization", arXiv 1903.10520.

@@ -1,6 +1,6 @@
-"""Batch-channel normalization and the norms that it is made of.
+"""Batch-channel normalization and the two norms that it consists of.
 
-The equations in the comments use `mu` and `sigma2` for a mean and a variance of the values at hand,
+The equations in the comments use `mu` and `sigma2` for the mean and variance of a batch or group,
 `mu_hat` and `sigma2_hat` for the running estimates, and `r` for the momentum.
 """
 
@@ -20,7 +20,7 @@ RunningVariance = Literal["biased", "unbiased", "around_running_mean"]
 
 
 class _Norm(nn.Module):
-    """What all norms share: `scale * (x - mean) / sqrt(var + eps) + shift`."""
+    """Base of the norms: `scale * (x - mean) / sqrt(var + eps) + shift`."""
 
     scale: nn.Parameter | None
     shift: nn.Parameter | None
@@ -49,34 +49,33 @@ class BatchNorm(_Norm):
 
         y = scale * (x - mean) / sqrt(var + eps) + shift
 
-    In training, `mean` and `var` (biased) are those of the batch, with their gradient, and the
-    running estimates move towards them:
+    In training, `mean` and `var` (biased) are those of the batch, with their gradient, and they
+    update the running estimates:
 
         exp_mean = (1 - momentum) * exp_mean + momentum * mean
         exp_var = (1 - momentum) * exp_var + momentum * var
 
     In evaluation, `mean` and `var` are the running estimates.
 
-    Which variance of the `n` values of a channel enters `exp_var` is `running_variance`:
+    `running_variance` selects the variance of the `n` values of a channel that updates `exp_var`:
 
         "biased"               var
-        "unbiased"             var * n / (n - 1), as in `torch.nn.BatchNorm2d`; var where n is 1
+        "unbiased"             var * n / (n - 1), as in `torch.nn.BatchNorm2d`; var if n is 1
         "around_running_mean"  mean((x - old_exp_mean)^2) = var + (mean - old_exp_mean)^2
 
-    When they are updated is the attribute `update_stats`, which may be set at any time:
+    The attribute `update_stats`, which may be set at any time, controls their updates:
 
         None   in training
-        False  never; training still normalizes by the batch
-        True   in evaluation too, which still normalizes by the estimates from before the update
+        False  never; training still normalizes with the batch statistics
+        True   in evaluation too, which still normalizes with the estimates before the update
 
-    A batch that is not finite is no estimate: a channel whose mean or variance is NaN or infinite,
-    by an overflow too, keeps its two estimates as they were. The output still shows the NaN, and
-    the next clean batch finds the estimates clean.
+    If the mean or variance of a channel is NaN or infinite, its two estimates stay unchanged. The
+    output still contains the NaN.
 
-    Under data parallelism each process takes the moments of its own share of the batch.
+    Under data parallelism each process uses the statistics of its own share of the batch.
 
     Parameters are `scale` and `shift`, `(channels,)`; buffers are `exp_mean` and `exp_var`,
-    `(channels,)`, which stay in float32 or wider whatever the module is converted to.
+    `(channels,)`, which stay in float32 or wider when the module is converted.
 
     Example:
         >>> import torch
@@ -105,10 +104,10 @@ class BatchNorm(_Norm):
 
         Args:
             channels: number of channels of the input.
-            eps: added to the variance, inside the root.
+            eps: added to the variance, inside the square root.
             momentum: the weight of the *new* value in the running estimates.
             affine: whether to learn `scale` and `shift`.
-            running_variance: the variance that enters the running estimate.
+            running_variance: the variance in the running estimate.
             update_stats: when to update the running estimates.
 
         Raises:
@@ -124,10 +123,10 @@ class BatchNorm(_Norm):
         self.register_buffer("exp_var", widen(torch.ones(channels)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x`, `[batch, channels, *]`; the result is of its shape and dtype.
+        """Normalize `x`, `[batch, channels, *]`; the result has its shape and dtype.
 
         Raises:
-            ValueError: `x` is not of floating point, is empty, or has no `channels` at axis 1.
+            ValueError: `x` is not floating-point, is empty, or axis 1 is not of length `channels`.
         """
         checks.require_input(x, self.channels)
         wide = widen(x)
@@ -142,14 +141,14 @@ class BatchNorm(_Norm):
         )
 
     def _training_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What to normalize by in training: the batch's own moments."""
+        """The moments used in training: those of the batch."""
         mean, var = batch_moments(x)
         if self.update_stats is not False:
             self._update(x, mean, var)
         return mean, var
 
     def _evaluation_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What to normalize by in evaluation: the estimates as they are before any update."""
+        """The moments used in evaluation: the running estimates before any update."""
         if not self.update_stats:
             return self._estimates(x)
         mean, var = (estimate.clone() for estimate in self._estimates(x))
@@ -161,9 +160,9 @@ class BatchNorm(_Norm):
 
     @torch.no_grad()
     def _update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Move the estimates towards the moments of `x`, where these are finite."""
+        """Update the running estimates with the moments of `x` that are finite."""
         _warn_of_single_values(x.shape)
-        r, mu, sigma2 = self.momentum, mean.flatten(), self._entering_variance(x, var).flatten()
+        r, mu, sigma2 = self.momentum, mean.flatten(), self._variance_for_update(x, var).flatten()
         finite = mu.isfinite() & sigma2.isfinite()
         # mu_hat <- (1 - r) mu_hat + r mu
         mu_hat = (1 - r) * self.exp_mean + r * mu
@@ -172,8 +171,8 @@ class BatchNorm(_Norm):
         self.exp_mean.copy_(torch.where(finite, mu_hat, self.exp_mean))
         self.exp_var.copy_(torch.where(finite, sigma2_hat, self.exp_var))
 
-    def _entering_variance(self, x: Tensor, var: Tensor) -> Tensor:
-        """The variance of `x` that enters the running estimate, given the biased one."""
+    def _variance_for_update(self, x: Tensor, var: Tensor) -> Tensor:
+        """The variance of `x` that updates the running estimate; `var` is the biased one."""
         if self.running_variance == "unbiased":
             # n, the number of values of a channel
             n = x.numel() // self.channels
@@ -184,8 +183,8 @@ class BatchNorm(_Norm):
         return var
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Every conversion of a module ends here: .to(), .half(), .cuda(). One that would round the
-        # running estimates may only move them.
+        # .to(), .half() and .cuda() all call this. If they would round the running estimates, only
+        # the device changes.
         originals = {"exp_mean": self.exp_mean, "exp_var": self.exp_var}
         super()._apply(fn, recurse)
         for name, original in originals.items():
@@ -196,10 +195,10 @@ class BatchNorm(_Norm):
 
 
 class EstimatedBatchNorm(BatchNorm):
-    """Batch normalization by the running estimates, in training too, where batches are tiny.
+    """Batch normalization with the running estimates in training too, for tiny batches.
 
-    In training it *first* moves the running estimates towards the batch's mean and biased variance
-    and *then* normalizes by them:
+    In training it *first* updates the running estimates with the batch's mean and biased variance
+    and *then* normalizes with them:
 
         exp_mean = (1 - momentum) * exp_mean + momentum * mean
         exp_var = (1 - momentum) * exp_var + momentum * var
@@ -208,14 +207,14 @@ class EstimatedBatchNorm(BatchNorm):
     No gradient flows through the estimates. Evaluation, parameters and buffers are those of
     `BatchNorm`.
 
-    With `update_stats=False` it normalizes by the estimates as they are, in training too.
+    With `update_stats=False` training uses the estimates without an update.
 
-    Where gradients are accumulated over k micro-batches, the estimates move k times for one step of
-    the optimizer. A momentum of `1 - (1 - momentum) ** (1 / k)` keeps the weight of the past what
-    it is for one batch.
+    If gradients are accumulated over k micro-batches, the estimates are updated k times per
+    optimizer step. A momentum of `1 - (1 - momentum) ** (1 / k)` then gives the old values the same
+    weight as one update per step does.
 
     On its own it trains unstably: nothing bounds the scale of its output while the estimates lag
-    behind. The channel norm that follows it in `BatchChannelNorm` does.
+    behind. In `BatchChannelNorm` the channel norm bounds it.
 
     Example:
         >>> import torch
@@ -237,7 +236,7 @@ class EstimatedBatchNorm(BatchNorm):
         running_variance: RunningVariance = "biased",
         update_stats: bool | None = None,
     ) -> None:
-        """Take the arguments of `BatchNorm`, the first four by position too."""
+        """Take the arguments of `BatchNorm`; the first four may be positional."""
         super().__init__(
             channels,
             eps=eps,
@@ -248,19 +247,19 @@ class EstimatedBatchNorm(BatchNorm):
         )
 
     def _training_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What to normalize by in training: the running estimates, after their update."""
+        """The moments used in training: the running estimates after their update."""
         if self.update_stats is not False:
             self._update(x, *batch_moments(x.detach()))
         return self._estimates(x)
 
 
 class ChannelNorm(_Norm):
-    """Normalize each group of channels of each sample; one scale and shift for each *group*.
+    """Normalize each group of channels of each sample, with one scale and shift per *group*.
 
         y = scale * (x - mean) / sqrt(var + eps) + shift
 
     where `mean` and `var` (biased) are over the channels of the group and over space.
-    `torch.nn.GroupNorm` does the same with one scale and shift for each channel.
+    `torch.nn.GroupNorm` is the same with one scale and shift per channel.
 
     Parameters are `scale` and `shift`, `(groups,)`. There are no buffers: training and evaluation
     are the same.
@@ -281,21 +280,21 @@ class ChannelNorm(_Norm):
         Args:
             channels: number of channels of the input.
             groups: number of groups of consecutive channels.
-            eps: added to the variance, inside the root.
+            eps: added to the variance, inside the square root.
             affine: whether to learn `scale` and `shift`.
 
         Raises:
-            ValueError: eps is out of its range, or groups do not divide the channels.
+            ValueError: eps is out of its range, or the groups do not divide the channels.
         """
         checks.require_group_count(channels, groups)
         super().__init__(channels, groups, eps, affine)
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x`, `[batch, channels, *]`; the result is of its shape and dtype.
+        """Normalize `x`, `[batch, channels, *]`; the result has its shape and dtype.
 
         Raises:
-            ValueError: `x` is not of floating point, is empty, or has no `channels` at axis 1.
+            ValueError: `x` is not floating-point, is empty, or axis 1 is not of length `channels`.
         """
         checks.require_input(x, self.channels)
         _warn_of_single_values_in_groups(x.shape, self.groups)
@@ -315,13 +314,12 @@ class BatchChannelNorm(nn.Module):
         y = channel_norm(batch_norm(x))
 
     The batch norm keeps channels from collapsing, which a channel norm alone cannot; the channel
-    norm makes it safe to run the batch norm on estimated statistics, so that a batch of one image
-    will do.
+    norm keeps training with running estimates stable, so that a batch of one image is enough.
 
     Parameters are `batch_norm.scale` and `batch_norm.shift`, `(channels,)`, and
     `channel_norm.scale` and `channel_norm.shift`, `(groups,)`; buffers are `batch_norm.exp_mean`
-    and `batch_norm.exp_var`, `(channels,)`. Checkpoints of the annotated implementation load as
-    they are.
+    and `batch_norm.exp_var`, `(channels,)`. Checkpoints of the annotated implementation load
+    unchanged.
 
     Example:
         >>> import torch
@@ -329,7 +327,7 @@ class BatchChannelNorm(nn.Module):
         >>> BatchChannelNorm(32, groups=8)(torch.randn(1, 32, 8, 8)).shape
         torch.Size([1, 32, 8, 8])
 
-    The published codes differ in details: `bcn_torch.variants.BCN` has the arguments of each.
+    `bcn_torch.variants.BCN` has the arguments of each published implementation.
 
     Source: Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
     Standardization", arXiv 1903.10520; names as in the annotated implementation
@@ -353,16 +351,16 @@ class BatchChannelNorm(nn.Module):
         Args:
             channels: number of channels of the input.
             groups: number of groups of consecutive channels.
-            eps: added to both variances, inside the root.
+            eps: added to both variances, inside the square root.
             momentum: the weight of the *new* value in the running estimates.
-            estimate: whether the batch norm normalizes by the running estimates in training too
-                (`EstimatedBatchNorm`), or by the batch (`BatchNorm`), which wants large batches.
-            batch_eps: of the batch norm, where it is not `eps`.
-            running_variance: the variance that enters the running estimate, see `BatchNorm`.
+            estimate: whether the batch norm uses the running estimates in training too
+                (`EstimatedBatchNorm`) or the batch statistics (`BatchNorm`), for large batches.
+            batch_eps: eps of the batch norm; by default `eps`.
+            running_variance: the variance in the running estimate, see `BatchNorm`.
             update_stats: when to update the running estimates, see `BatchNorm`.
 
         Raises:
-            ValueError: an argument is out of its range, or groups do not divide the channels.
+            ValueError: an argument is out of its range, or the groups do not divide the channels.
         """
         super().__init__()
         batch_norm = EstimatedBatchNorm if estimate else BatchNorm
@@ -377,7 +375,7 @@ class BatchChannelNorm(nn.Module):
 
     @property
     def update_stats(self) -> bool | None:
-        """When to update the running estimates: that of the batch norm inside."""
+        """That of the batch norm: when to update the running estimates."""
         return self.batch_norm.update_stats
 
     @update_stats.setter
@@ -385,13 +383,13 @@ class BatchChannelNorm(nn.Module):
         self.batch_norm.update_stats = value
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize `x`, `[batch, channels, *]`; the result is of its shape and dtype.
+        """Normalize `x`, `[batch, channels, *]`; the result has its shape and dtype.
 
         Raises:
-            ValueError: `x` is not of floating point, is empty, or has no `channels` at axis 1.
+            ValueError: `x` is not floating-point, is empty, or axis 1 is not of length `channels`.
         """
         checks.require_floating_point(x.dtype)
-        # Widened here, so that a half-precision result is rounded once and not between the stages.
+        # Widened here, so that a half-precision result is not rounded between the two norms.
         y = self.batch_norm(widen(x))
         y = self.channel_norm(y)
         return y.to(x.dtype)
@@ -401,23 +399,23 @@ class BatchChannelNorm(nn.Module):
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Keep every batch norm in `module` from updating its running estimates.
 
-    Sets their `update_stats` to False, and afterwards to what it was. What they normalize by in
-    training stays the same: the running estimates in `EstimatedBatchNorm`, the batch's moments in
-    `BatchNorm`.
+    Sets their `update_stats` to False and restores it afterwards. Training still normalizes with
+    the running estimates in `EstimatedBatchNorm` and with the batch statistics in `BatchNorm`.
 
     Gradient checkpointing needs this, because it runs the forward pass again during the backward
-    pass, which would update the estimates a second time. Frozen, the second run finds the estimates
-    as the first one left them, provided that no other forward pass came between:
+    pass, which would update the estimates a second time. Frozen, the second run uses the estimates
+    of the first, provided that there is no other forward pass in between:
 
         def contexts():
             return nullcontext(), frozen_statistics(model)
 
         y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
 
-    The transforms of `torch.func` need it in training as well: they let no module change a buffer.
+    In training, the transforms of `torch.func` need it as well: they do not allow a module to
+    change a buffer.
 
     Args:
-        module: a batch norm, or anything that contains some.
+        module: a batch norm, or a module that contains some.
 
     Example:
         >>> import torch
@@ -440,7 +438,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
 
 
 def _moments(x: Tensor, axes: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance over `axes`, which are kept with length 1."""
+    """Mean and biased variance over `axes`, which stay with length 1."""
     axes = tuple(axes)
     # mu = E[x]
     mean = x.mean(axes, keepdim=True)
@@ -459,12 +457,12 @@ def _all_axes_but_1(x: Tensor) -> tuple[int, ...]:
 
 
 def _along_axis_1(values: Tensor, x: Tensor) -> Tensor:
-    """Lay one value for each channel, or group, out along axis 1 of `x`."""
+    """Reshape one value per channel, or group, to broadcast along axis 1 of `x`."""
     return values.view(1, -1, *(1,) * (x.dim() - 2))
 
 
 def _warn_of_single_values(shape: Sequence[int]) -> None:
-    """Warn if each channel has one value; a compiled graph has no place for a warning."""
+    """Warn if each channel has a single value; not in a compiled graph, which cannot warn."""
     if not torch.compiler.is_compiling() and math.prod(shape) == shape[1]:
         warnings.warn(
             f"The batch has a single value per channel (its shape is {tuple(shape)}), so its "
@@ -475,7 +473,7 @@ def _warn_of_single_values(shape: Sequence[int]) -> None:
 
 
 def _warn_of_single_values_in_groups(shape: Sequence[int], groups: int) -> None:
-    """Warn if each group has one value; a compiled graph has no place for a warning."""
+    """Warn if each group has a single value; not in a compiled graph, which cannot warn."""
     if not torch.compiler.is_compiling() and math.prod(shape[1:]) == groups:
         warnings.warn(
             f"Each of the {groups} groups has a single value (the shape is {tuple(shape)}), so the "

@@ -1,4 +1,4 @@
-"""The published codes by name: what each of them computes, as arguments of this library's layers.
+"""The published variants by name: the arguments with which a layer computes the same.
 
 `BCN` has keyword arguments of `BatchChannelNorm`, `WS` the `standardization` of the
 weight-standardized layers:
@@ -10,20 +10,19 @@ The names of `BCN`:
 
     "annotated": the default.
         `labml_nn/normalization/batch_channel_norm`.
-    "authors_readme": THE ESTIMATES NEVER MOVE UNTIL A MOMENTUM IS GIVEN.
+    "authors_readme": THE RUNNING ESTIMATES NEVER CHANGE UNLESS A MOMENTUM IS GIVEN.
         `BCNorm(estimate=True)` with `EstBN`, the README of
         joe-siyuan-qiao/Batch-Channel-Normalization.
-    "authors_large_batch": by the batch, for where it is large.
+    "authors_large_batch": normalizes with the batch statistics, for large batches.
         `GN` of `imagenet/models/layers.py` and `PBCNorm` of `DeepLabV3`, same repository.
 
-In the authors' README the weight of the new value is a buffer that starts at 0, and nothing that
-was published ever sets it. The name says what the code does, `momentum=0.0`: estimates that stay at
-mean 0 and variance 1 for ever. To train with it, give a momentum:
+In the authors' README the weight of the new value is a buffer that starts at 0, and no published
+code sets it. So the variant has `momentum=0.0`, and the running estimates stay at mean 0 and
+variance 1. To train with it, give a momentum:
 
     BatchChannelNorm(64, 32, **{**BCN["authors_readme"], "momentum": 0.1})
 
-The names of `WS`, with the divisor of `w - mean`, its variance biased unless said otherwise, and N
-the fan-in:
+The names of `WS`, with the divisor of `w - mean`; `var` is the biased variance and N the fan-in:
 
     "annotated": sqrt(unbiased var + 1e-5), the default.
         `labml_nn/normalization/weight_standardization`; the authors' `imagenet/models/layers.py`.
@@ -34,7 +33,7 @@ the fan-in:
     "bit": sqrt(var + 1e-10).
         google-research/big_transfer; big_vision `bit_paper.py`; scenic; MosaicML Composer.
     "timm": sqrt(var + 1e-6).
-        timm `StdConv2d`, but in its BiT models.
+        timm `StdConv2d`, except in its BiT models.
     "hf_bit": sqrt(var + 1e-8).
         BiT of Hugging Face's transformers; timm `StdConv2d` in its BiT models.
     "tf_deeplab": sqrt(var + 1e-5).
@@ -64,7 +63,7 @@ BCN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "annotated": MappingProxyType(
             {"estimate": True, "running_variance": "biased", "momentum": 0.1, "eps": 1e-5}
         ),
-        # A momentum of 0 is what was published: give another, or the estimates never move.
+        # As published. With a momentum of 0 the running estimates never change.
         "authors_readme": MappingProxyType(
             {
                 "estimate": True,

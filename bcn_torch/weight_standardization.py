@@ -15,24 +15,24 @@ EpsRole = Literal["added_to_variance", "added_to_deviation", "least_variance"]
 
 
 class Standardization(NamedTuple):
-    """How to standardize a weight; `bcn_torch.variants.WS` has what each published code does.
+    """How to standardize a weight; `bcn_torch.variants.WS` has the published choices.
 
         w_hat = gamma * (w - mean) / divisor * gain
 
-    where `divisor` is, with `s` the fan-in `n` if `fan_in_scaling`, or else 1:
+    with the divisor, where `s` is the fan-in `n` if `fan_in_scaling`, otherwise 1:
 
         "added_to_variance"   sqrt(s * (var + eps))
         "added_to_deviation"  sqrt(s) * (sqrt(var) + eps)
         "least_variance"      sqrt(max(s * var, eps))
 
     Attributes:
-        unbiased: whether the variance is the sum of squares over `n - 1`, or over `n`.
-        eps: keeps the divisor from 0.
-        eps_role: how.
-        fan_in_scaling: whether the squares of an output channel's weights add up to about 1, and
-            not to their number, so that the weights keep the variance of what they multiply.
-        gain: whether there is a learned gain, one for each output channel.
-        gamma: a fixed factor, such as makes up for a nonlinearity.
+        unbiased: whether the variance divides the sum of squares by `n - 1` instead of `n`.
+        eps: keeps the divisor away from 0.
+        eps_role: where eps enters the divisor, see above.
+        fan_in_scaling: whether the result has variance `1 / n` instead of 1, so that the layer
+            keeps the variance of its input.
+        gain: whether the layer learns a gain for each output channel, `(out,)`, which starts at 1.
+        gamma: a constant factor, for example to compensate for the activation function.
     """
 
     unbiased: bool = True
@@ -50,20 +50,20 @@ def standardize_weight(
 
         w_hat = (w - mean) / sqrt(var + eps)
 
-    with the mean and the *unbiased* variance over all axes but the first, unless another
-    `standardization` is asked for. Computed in float32 or wider, returned in the weight's dtype.
+    with the mean and the *unbiased* variance over all axes but the first, by default. Computed in
+    float32 or wider, returned in the weight's dtype.
 
-    A constant weight becomes 0, with a finite gradient: where a standardization takes the root of
-    the variance by itself, its derivative at 0 counts as 0.
+    A constant weight becomes 0, with a finite gradient: the derivative of `sqrt(var)` at 0 is taken
+    as 0.
 
     Args:
         weight: of a linear layer, `[out, in]`, or of a convolution, `[out, in / groups, *window]`.
-        standardization: the variance, the place of eps, and the scale of the result.
-        gain: the learned factors, `(out,)`, of a standardization with gain.
+        standardization: the variance, the role of eps and the scale of the result.
+        gain: the learned gain, `(out,)`, if the standardization has one.
 
     Raises:
-        ValueError: an output channel has a single weight, which would become 0 whatever it is, or
-            bad arguments.
+        ValueError: an output channel has a single weight, which would always become 0, or an
+            argument is out of its range.
 
     Example:
         >>> import torch
@@ -106,14 +106,14 @@ def _divisor(var: Tensor, n: int, standardization: Standardization) -> Tensor:
 
 
 def _root(var: Tensor) -> Tensor:
-    """The square root, with 0 for its derivative at 0."""
+    """The square root, with derivative 0 at 0."""
     positive = var > 0
-    # The inner choice keeps the infinite derivative out of the backward pass: 0 * inf is NaN.
+    # The inner `where` keeps the infinite derivative out of the backward pass: 0 * inf is NaN.
     return torch.where(positive, torch.where(positive, var, 1.0).sqrt(), 0.0)
 
 
 class WSLayer(nn.Module):
-    """What all layers share: how they standardize, and the learned gain, if any."""
+    """Base of all layers: the standardization and its learned gain, if any."""
 
     weight: Tensor
     gain: nn.Parameter | None
@@ -124,13 +124,13 @@ class WSLayer(nn.Module):
         """Take the arguments of PyTorch's layer.
 
         Args:
-            *args: of PyTorch's layer.
+            *args: arguments of PyTorch's layer.
             standardization: how to standardize the weight.
-            **kwargs: of PyTorch's layer.
+            **kwargs: arguments of PyTorch's layer.
 
         Raises:
-            ValueError: an output channel would have a single weight (fan-in 1), or the
-                standardization has an argument out of its range.
+            ValueError: an output channel would have a single weight (fan-in 1), or an attribute of
+                the standardization is out of its range.
         """
         _require_standardization(standardization)
         super().__init__(*args, **kwargs)
@@ -139,10 +139,10 @@ class WSLayer(nn.Module):
         self.register_parameter("gain", gain if standardization.gain else None)
 
     def reset_parameters(self) -> None:
-        """Draw the weights; refuse here, while the layer is being made, a fan-in of 1."""
+        """Initialize the weights; called by PyTorch's constructor, so a fan-in of 1 fails early."""
         _require_fan_in(self.weight.shape)
-        super().reset_parameters()  # type: ignore[misc]  # of PyTorch's layer, the next in line
-        # While PyTorch's layer is being made, there is no gain yet.
+        super().reset_parameters()  # type: ignore[misc]  # defined by PyTorch's layer
+        # PyTorch's constructor calls this before there is a gain.
         gain = self._parameters.get("gain")
         if gain is not None:
             nn.init.ones_(gain)
@@ -152,7 +152,7 @@ class WSLayer(nn.Module):
 
 
 class _WSConv(WSLayer, _ConvNd):
-    """What the convolutions share; the base classes bring their own constructors."""
+    """Base of the convolutions; PyTorch's layers have the constructors."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x` with the standardized weight."""
@@ -166,11 +166,11 @@ class WSConv1d(_WSConv, nn.Conv1d):
 class WSConv2d(_WSConv, nn.Conv2d):
     """`torch.nn.Conv2d` with weight standardization: see `standardize_weight`.
 
-    Takes every argument of `torch.nn.Conv2d`, and a `standardization`. Has its parameters, and
-    `gain`, `(out,)`, where the standardization has one. The weight is standardized in float32 or
-    wider, also under autocast, and on the fly: the parameter stays raw.
+    It has the arguments and parameters of `torch.nn.Conv2d`, a `standardization` and, if that has a
+    gain, the parameter `gain`, `(out,)`. Each call standardizes the weight, in float32 or wider,
+    also under autocast; the parameter stays raw.
 
-    Follow it with a normalization: standardized weights have no scale of their own to learn.
+    Follow it with a normalization layer: standardized weights cannot learn a scale.
 
     Raises:
         ValueError: an output channel would have a single weight (fan-in 1).
