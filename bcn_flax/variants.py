@@ -64,7 +64,7 @@ BCN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
     }
 )
-"""Arguments of `BatchChannelNorm`. As published, "authors_readme" never updates its statistics: give
+"""Arguments of `BatchChannelNorm`. "authors_readme" never updates its statistics as published: give
 it a `momentum`."""
 
 WS: Mapping[str, Standardization] = MappingProxyType(
