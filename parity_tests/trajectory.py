@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 import bcn_torch
 from bcn_flax import BatchChannelNorm
 from bcn_flax.models import VGG
-from bcn_flax.parity import Observation, adam
+from bcn_flax.parity import Name, Observation, adam
 from bcn_flax.parity.pair import module_pair
 
 # The network that `train_cifar.py` trains on the digits.
@@ -33,15 +33,6 @@ BLOCKS, GROUPS, MOMENTUM, BATCH_SIZE = ((32, 32), (64, 64)), 16, 0.95, 32
 # Of Adam, which makes a whole step of a gradient that is 0 but for rounding. This network has none:
 # as BCN normalizes by running estimates, no batch cancels the biases ahead of it.
 RATE = 2e-3
-
-# Whose parameters are compared with whose: dtype and framework.
-REFERENCE = ("float64", "PyTorch")
-PAIRS = {
-    "float32": (("float32", "Flax"), ("float32", "PyTorch")),
-    "float64": (("float64", "Flax"), REFERENCE),
-    "Flax": (("float32", "Flax"), REFERENCE),
-    "PyTorch": (("float32", "PyTorch"), REFERENCE),
-}
 
 
 class Loss(nn.Module):
@@ -85,27 +76,13 @@ def trajectory(steps: int = 200) -> dict[str, Any]:
     Returns:
         Plain lists, with a number for each step. `losses`, by dtype and framework, are those before
         its update. `distances`, after it, are in the Euclidean norm over all parameters, relative
-        to that of the reference, which is PyTorch's float64: under "float32" and "float64" of
-        Flax's parameters from PyTorch's, under "Flax" and "PyTorch" of its float32 ones from the
-        reference. `setting` describes the network and the training.
+        to that of PyTorch's float64 parameters: under "float32" and "float64" Flax from PyTorch,
+        under "Flax" and "PyTorch" its float32 parameters from PyTorch's float64 ones. `setting`
+        describes the network and the training.
     """
-    losses, distances = _train(steps)
-    setting = {
-        "blocks": [list(block) for block in BLOCKS],
-        "groups": GROUPS,
-        "batch_size": BATCH_SIZE,
-        "optimizer": "Adam",
-        "learning_rate": RATE,
-    }
-    return {"setting": setting, "losses": losses, "distances": distances}
-
-
-def _train(steps: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
-    """The losses and distances of so many steps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = TorchLoss()
-    narrow = module_pair(Loss(), module, next(batches()))
+        narrow = module_pair(Loss(), TorchLoss(), next(batches()))
     implementations = {
         (dtype, framework): implementation
         for dtype, pair in (("float32", narrow), ("float64", narrow.in_float64()))
@@ -115,18 +92,30 @@ def _train(steps: int) -> tuple[dict[str, dict[str, list[float]]], dict[str, lis
         )
     }
     losses = {dtype: {"Flax": [], "PyTorch": []} for dtype in ("float32", "float64")}
-    distances = {name: [] for name in PAIRS}
+    distances = {name: [] for name in ("float32", "float64", "Flax", "PyTorch")}
     for images, labels in islice(batches(), steps):
         parameters = {}
         for (dtype, framework), step in implementations.items():
             seen = step([images.astype(dtype), labels], [np.ones((), dtype)], True)
-            losses[dtype][framework].append(float(seen[("output", "")]))
+            losses[dtype][framework].append(float(seen[Name("output", "")]))
             parameters[dtype, framework] = _parameters(seen)
-        norm = np.linalg.norm(parameters[REFERENCE])
-        for name, (one, other) in PAIRS.items():
-            distance = np.linalg.norm(parameters[one] - parameters[other])
-            distances[name].append(float(distance / norm))
-    return losses, distances
+        reference = parameters["float64", "PyTorch"]
+        for name, difference in {
+            "float32": parameters["float32", "Flax"] - parameters["float32", "PyTorch"],
+            "float64": parameters["float64", "Flax"] - reference,
+            "Flax": parameters["float32", "Flax"] - reference,
+            "PyTorch": parameters["float32", "PyTorch"] - reference,
+        }.items():
+            distance = np.linalg.norm(difference) / np.linalg.norm(reference)
+            distances[name].append(float(distance))
+    setting = {
+        "blocks": [list(block) for block in BLOCKS],
+        "groups": GROUPS,
+        "batch_size": BATCH_SIZE,
+        "optimizer": "Adam",
+        "learning_rate": RATE,
+    }
+    return {"setting": setting, "losses": losses, "distances": distances}
 
 
 def _parameters(seen: Observation) -> np.ndarray:
