@@ -25,7 +25,7 @@ STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, and channels inside 
 WIDER = 4  # times as many channels leave a block
 KEPT = jax.checkpoint_policies.save_only_these_names(MOMENTS)
 # Those that are tried; the compiler of the TPU takes minutes for each.
-BATCHES = {"h100": range(1024, 3072, 64), "v5e": range(64, 512, 32)}
+BATCHES = {"h100": range(1024, 3072, 64), "v5e": range(128, 832, 64)}
 
 
 class Unit(nn.Module):
@@ -161,7 +161,12 @@ def fits(target: str, arguments: argparse.Namespace) -> None:
     for name, model in networks().items():
         used = cache(partial(share, model, target))
         # Not by a line through two batches: near the limit the compiler itself rematerializes.
-        batch = batches[bisect(batches, 1.0, key=used) - 1]
+        fitting = bisect(batches, 1.0, key=used)
+        if not 0 < fitting < len(batches):
+            raise ValueError(
+                f"{name}: {fitting} of {batches} fit, so the largest is not among them."
+            )
+        batch = batches[fitting - 1]
         base = base or batch
         rows.append([name, batch, batch / base, f"{used(batch):.1%}"])
         print(*rows[-1], flush=True)
