@@ -4,7 +4,6 @@ from functools import partial
 
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 from sklearn.datasets import load_digits
 
@@ -54,13 +53,18 @@ def train(norm, steps=60, batch_size=8):
     return losses, float(correct.mean()), model
 
 
-@pytest.mark.parametrize("norm", [BatchChannelNorm, BatchNorm, EstimatedBatchNorm])
-def test_trains_in_the_place_of_batch_norm(norm):
-    losses, accuracy, model = train(norm)
+def test_trains_in_the_place_of_batch_norm():
+    losses, accuracy, model = train(BatchChannelNorm)
     assert np.isfinite(losses).all()
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
     assert accuracy > 0.5  # of ten digits
-    assert isinstance(model.norm, norm)
+    assert isinstance(model.norm, BatchChannelNorm)
+
+
+def test_an_estimated_batch_norm_takes_the_same_arguments():
+    """It trains inside of a batch-channel norm."""
+    model = nnx.eval_shape(lambda: Classifier(EstimatedBatchNorm, rngs=nnx.Rngs(0)))
+    assert isinstance(model.norm, EstimatedBatchNorm)
 
 
 def test_batch_norm_is_flaxs_in_its_losses():

@@ -3,6 +3,7 @@
 import copy
 import io
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from bcn_torch import (
     EstimatedBatchNorm,
     frozen_statistics,
 )
+from parity_tests import torch_layers
 
 pytestmark = pytest.mark.torch
 
@@ -32,11 +34,8 @@ every_norm = pytest.mark.parametrize("make", NORMS.values(), ids=NORMS.keys())
 estimate_or_batch = pytest.mark.parametrize("estimate", [True, False], ids=["estimate", "batch"])
 
 
-def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Values whose channels have different means and spreads."""
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    ramp = torch.arange(1.0, shape[1] + 1).view(1, -1, *(1,) * (len(shape) - 2))
-    return (ramp + 0.5 * ramp * x).to(dtype)
+# The default dtype of a layer.
+rand = partial(torch_layers.rand, dtype=torch.float32)
 
 
 def randomize(module: nn.Module, seed: int = 1) -> nn.Module:

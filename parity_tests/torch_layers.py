@@ -37,6 +37,13 @@ def layer(name: str, shape: tuple[int, ...], options: Mapping[str, Any]) -> torc
     return getattr(bcn_torch, {"WSDense": "WSLinear"}.get(name, name))(*first, **options)
 
 
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Values whose channels have different means and spreads."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ramp = torch.arange(1.0, shape[1] + 1).view(1, -1, *(1,) * (len(shape) - 2))
+    return (ramp + 0.5 * ramp * x).to(dtype)
+
+
 def estimates_stay_wide() -> None:
     """Fail if a module in half precision rounds its running estimates."""
     norm = bcn_torch.EstimatedBatchNorm(8)
