@@ -119,6 +119,12 @@ NETWORKS = {
         lambda ours, flax: {"conv": flax.Conv, "norm": partial(flax.GroupNorm, num_groups=2)}
     ),
     "vgg_none": vgg(lambda ours, flax: {"norm": None}),
+    "resnet": Case(
+        partial(bcn_flax.models.ResNet, 8),
+        partial(bcn_flax.models.nnx.ResNet, 8),
+        (2, 4, 4, 3),
+        lambda train: {"train": train},
+    ),
 }
 CASES = {
     **NORMS,

@@ -10,13 +10,16 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from jax import lax
 from jaxtyping import install_import_hook
 
 from bcn_flax.linen import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import ResNet
+from bcn_flax.models import nnx as nnx_models
 from bcn_flax.models.architecture import shortcut
 from bcn_flax.surgery import linen as surgery
+from parity_tests.test_nnx import fill
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.normal(jax.random.key(1), (1, 8, 8, 3))
@@ -255,20 +258,34 @@ def test_its_norms_fold_into_its_convolutions_but_for_the_channel_norm():
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", ["bcn", "none"])
+def test_in_nnx_it_has_the_same_parameters_and_logits(norm):
+    model, variables, _ = network(norm)
+    layers = {"bcn": {}, "none": {"conv": nnx.Conv, "norm": None}}[norm]
+    in_nnx = nnx.eval_shape(lambda: nnx_models.ResNet(8, **layers, rngs=nnx.Rngs(0)))
+    fill(in_nnx, variables)
+    in_nnx.eval()
+    expected, _ = evaluate(model, variables)
+    actual = nnx.jit(lambda model, x: model(x))(in_nnx, IMAGES)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 # Annotations and errors
 
 
 def test_the_annotated_shapes_hold(monkeypatch):
     """In copies of the modules, the annotations are checked at every call."""
-    names = ["bcn_flax.models.architecture", "bcn_flax.models.linen"]
+    names = [f"bcn_flax.models.{name}" for name in ("architecture", "linen", "nnx")]
     for name in names:
         monkeypatch.delitem(sys.modules, name)
     with install_import_hook(names, "beartype.beartype"):
-        _, checked = map(importlib.import_module, names)
+        _, checked, in_nnx = map(importlib.import_module, names)
     assert checked.ResNet is not ResNet
     model = checked.ResNet(depth=8, num_classes=7)
     logits = jax.eval_shape(partial(model.apply, train=False), shapes(model), IMAGES)
     assert logits.shape == (1, 7)
+    make = partial(in_nnx.ResNet, depth=8, num_classes=7)
+    assert nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))(IMAGES)).shape == (1, 7)
     with pytest.raises(Exception, match="shortcut"):  # jaxtyping's own class of errors
         checked.shortcut(IMAGES[0], 16, 2)
 

@@ -1,4 +1,4 @@
-"""Networks that use the layers, in linen. Those of NNX are in `bcn_flax.models.nnx`.
+"""Networks that use the layers, in linen; the same in NNX are in `bcn_flax.models.nnx`.
 
 `bcn_torch.VGG` is the VGG in PyTorch.
 """

@@ -10,12 +10,33 @@ BLOCKS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 """The VGG that the annotated implementation trains on CIFAR-10: features, block by block."""
 
 WIDTHS = (16, 32, 64)
-"""The channels of the three stages of a ResNet."""
+"""The features of the three stages of a ResNet."""
+
+
+def residual_blocks(depth: int) -> list[tuple[int, int]]:
+    """The features and the stride of each residual block of a ResNet.
+
+    The first block of the second and of the third stage halves the image.
+
+    Raises:
+        ValueError: the depth is not `6n + 2` with n at least 1.
+    """
+    blocks_per_stage = require_resnet_depth(depth)
+    return [
+        (features, 2 if stage > 0 and i == 0 else 1)
+        for stage, features in enumerate(WIDTHS)
+        for i in range(blocks_per_stage)
+    ]
 
 
 def relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """ReLU; unlike `jax.nn.relu` it can be pickled, and so can a network that holds it."""
     return nn.relu(x)
+
+
+def identity(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The input, in the place of a norm."""
+    return x
 
 
 def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 c"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from bcn_flax.linen import BatchChannelNorm, WSConv
 from bcn_flax.models import architecture, convolution
-from bcn_flax.models.architecture import BLOCKS, WIDTHS, max_pool, relu, shortcut
+from bcn_flax.models.architecture import BLOCKS, WIDTHS, identity, max_pool, relu, shortcut
 
 Make = Callable[..., Any]
 """A class of layers, or a `partial` of one."""
@@ -139,7 +139,6 @@ class ResNet(nn.Module):
 
     def setup(self) -> None:
         """Make the layers."""
-        blocks_per_stage = architecture.require_resnet_depth(self.depth)
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(
             self.conv,
@@ -148,13 +147,12 @@ class ResNet(nn.Module):
             **_CONV_3X3,
             **dtypes,
         )
-        norm = (lambda: None) if self.norm is None else partial(self.norm, **dtypes)
+        norm = (lambda: identity) if self.norm is None else partial(self.norm, **dtypes)
         self.first_conv = conv(WIDTHS[0])
         self.first_norm = norm()
         self.blocks = [
-            ResidualBlock(features, 2 if stage > 0 and i == 0 else 1, conv, norm)
-            for stage, features in enumerate(WIDTHS)
-            for i in range(blocks_per_stage)
+            ResidualBlock(features, stride, conv, norm)
+            for features, stride in architecture.residual_blocks(self.depth)
         ]
         self.fc = nn.Dense(self.num_classes, **dtypes)
 
@@ -182,7 +180,7 @@ class ResidualBlock(nn.Module):
         features: number of channels of the output, at least that of the input.
         stride: of the first convolution and of the shortcut.
         conv: makes a convolution, given the number of its features and its strides.
-        norm: makes a norm, or None.
+        norm: makes a norm.
     """
 
     features: int
@@ -204,10 +202,8 @@ class ResidualBlock(nn.Module):
         return relu(shortcut(x, self.features, self.stride) + y)
 
 
-def _call(layer: Callable[..., Array] | None, x: Array, train: bool) -> Array:
+def _call(layer: Callable[..., Array], x: Array, train: bool) -> Array:
     """The output of a layer, which is told whether it trains if it takes `use_running_average`."""
-    if layer is None:
-        return x
     if "use_running_average" in inspect.signature(layer).parameters:
         return layer(x, use_running_average=not train)
     return layer(x)
