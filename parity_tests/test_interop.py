@@ -13,82 +13,21 @@ import bcn_torch
 from bcn_flax import interop
 from bcn_flax.interop import state_dict_from_variables, variables_from_torch
 from bcn_flax.models import VGG
-from parity_tests import layout
-from parity_tests.draws import random_variables
+from parity_tests.conversion import assert_converts, normal, randomize
 from parity_tests.networks import vgg_pair
-from parity_tests.tolerances import assert_close
 
 pytestmark = pytest.mark.torch
 
-BLOCKS = ((8, 8), (16,))
-IMAGES = np.random.default_rng(0).normal(size=(2, 9, 8, 3)).astype(np.float32)
-
-PAIRS = {
-    "BatchNorm": (bcn_flax.BatchNorm(False), lambda: bcn_torch.BatchNorm(8), (2, 4, 8)),
-    "EstimatedBatchNorm": (
-        bcn_flax.EstimatedBatchNorm(False),
-        lambda: bcn_torch.EstimatedBatchNorm(8),
-        (2, 4, 8),
-    ),
-    "ChannelNorm": (bcn_flax.ChannelNorm(4), lambda: bcn_torch.ChannelNorm(8, 4), (2, 4, 8)),
-    "BatchChannelNorm": (
-        bcn_flax.BatchChannelNorm(False, num_groups=4),
-        lambda: bcn_torch.BatchChannelNorm(8, 4),
-        (2, 4, 8),
-    ),
-    "GroupNorm": (nn.GroupNorm(4, epsilon=1e-5), lambda: torch.nn.GroupNorm(4, 8), (2, 4, 8)),
-    "WSConv1d": (
-        bcn_flax.WSConv(6, (3,), padding="VALID"),
-        lambda: bcn_torch.WSConv1d(8, 6, 3),
-        (2, 5, 8),
-    ),
-    "WSConv2d": (
-        bcn_flax.WSConv(6, (3, 2), padding="VALID"),
-        lambda: bcn_torch.WSConv2d(8, 6, (3, 2)),
-        (2, 5, 6, 8),
-    ),
-    "WSConv2d, grouped": (
-        bcn_flax.WSConv(6, (3, 3), padding=1, feature_group_count=2),
-        lambda: bcn_torch.WSConv2d(8, 6, 3, padding=1, groups=2),
-        (2, 5, 6, 8),
-    ),
-    "WSConv3d": (
-        bcn_flax.WSConv(6, (2, 3, 1), padding="VALID", use_bias=False),
-        lambda: bcn_torch.WSConv3d(8, 6, (2, 3, 1), bias=False),
-        (2, 4, 5, 6, 8),
-    ),
-    "WSLinear": (bcn_flax.WSDense(6), lambda: bcn_torch.WSLinear(8, 6), (2, 8)),
-}
-
-
-@pytest.mark.parametrize(("layer", "make_module", "shape"), PAIRS.values(), ids=PAIRS)
-def test_every_layer_moves_both_ways_and_computes_the_same(layer, make_module, shape):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=shape).astype(np.float32)
-    variables = random_variables(layer, x, rng)
-    module = make_module()
-    state_dict = state_dict_from_variables(variables, module.state_dict())
-    module.load_state_dict(state_dict)
-    returned = variables_from_torch(module.state_dict(), jax.eval_shape(lambda: variables))
-    jax.tree.map(np.testing.assert_array_equal, returned, variables)
-
-    flax_output, _ = layer.apply(variables, x, mutable=["batch_stats"])
-    torch_output = layout.to_flax(module(layout.to_torch(x)))
-    # Some 50 products are summed, of weights up to 2 standard deviations.
-    assert_close(flax_output, torch_output, ulps=64, dtype=np.float32)
+IMAGES = normal((2, 9, 8, 3))
 
 
 @pytest.mark.parametrize("ws", [True, False])
 @pytest.mark.parametrize("norm", ["bcn", "bn", "gn", "none"])
 def test_both_networks_have_the_same_parameters(norm, ws):
     """Names and shapes agree, and so do the logits, in evaluation."""
-    model, twin = vgg_pair(BLOCKS, norm, ws=ws)
-    twin.eval()
-    variables = random_variables(model, IMAGES, np.random.default_rng(1), train=False)
-    twin.load_state_dict(state_dict_from_variables(variables, twin.state_dict()))
-    expected = twin(layout.to_torch(IMAGES)).detach().numpy()
-    logits = model.apply(variables, IMAGES, train=False)
-    assert_close(logits, expected, ulps=512, dtype=np.float32)  # three layers of 72 products
+    model, module = vgg_pair(((8, 8), (16,)), norm, ws=ws)
+    # Three layers of 72 products.
+    assert_converts(randomize(module), model, IMAGES, ulps=512, call={"train": False})
 
 
 def test_the_published_networks_have_the_same_parameters():
@@ -102,12 +41,15 @@ def test_the_published_networks_have_the_same_parameters():
         assert torch.equal(returned[name], tensor), name
 
 
+def dense(**options):
+    """The variables of a layer of Flax that is `bcn_torch.WSLinear(8, 6)`."""
+    return bcn_flax.WSDense(6, **options).init(jax.random.key(0), jnp.ones((1, 8)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_values_take_the_type_they_move_into(dtype):
-    layer, make_module, shape = PAIRS["WSLinear"]
-    module = make_module().to(dtype)
-    like = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.ones(shape)))
-    variables = variables_from_torch(module.state_dict(), like)
+    module = bcn_torch.WSLinear(8, 6).to(dtype)
+    variables = variables_from_torch(module.state_dict(), jax.eval_shape(dense))
     assert variables["params"]["kernel"].dtype == jnp.float32
     returned = state_dict_from_variables(variables, module.state_dict())
     assert returned["weight"].dtype == dtype
@@ -116,10 +58,7 @@ def test_values_take_the_type_they_move_into(dtype):
 
 
 def test_bfloat16_parameters_move_too():
-    layer, make_module, shape = PAIRS["WSLinear"]
-    layer = layer.clone(param_dtype=jnp.bfloat16)
-    variables = layer.init(jax.random.key(0), jnp.ones(shape))
-    module = make_module()
+    variables, module = dense(param_dtype=jnp.bfloat16), bcn_torch.WSLinear(8, 6)
     module.load_state_dict(state_dict_from_variables(variables, module.state_dict()))
     kernel = np.asarray(variables["params"]["kernel"]).astype(np.float32)
     assert variables["params"]["kernel"].dtype == ml_dtypes.bfloat16
@@ -172,11 +111,8 @@ def test_a_module_name_that_ends_in_a_number_may_be_the_same_in_pytorch():
 
 
 def test_partitioned_variables_move_like_plain_ones():
-    layer = bcn_flax.WSDense(
-        6, kernel_init=nn.with_partitioning(nn.initializers.normal(), (None, "model"))
-    )
-    variables = layer.init(jax.random.key(0), jnp.ones((1, 8)))
-    module = bcn_torch.WSLinear(8, 6)
+    initializer = nn.with_partitioning(nn.initializers.normal(), (None, "model"))
+    variables, module = dense(kernel_init=initializer), bcn_torch.WSLinear(8, 6)
     module.load_state_dict(state_dict_from_variables(variables, module.state_dict()))
     returned = variables_from_torch(module.state_dict(), variables)
     jax.tree.map(np.testing.assert_array_equal, returned, nn.meta.unbox(variables))

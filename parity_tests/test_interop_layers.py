@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,16 +11,19 @@ from flax import linen as nn
 from flax import nnx
 
 import bcn_flax
+import bcn_flax.nnx
+import bcn_torch
 from bcn_flax import interop
 from bcn_flax.parity.errors import roundings
 from parity_tests import layout
+from parity_tests.conversion import assert_converts, assert_same_state, normal, randomize, shapes
 from parity_tests.tolerances import assert_close
 
 pytestmark = pytest.mark.torch
 
 
 class Case(NamedTuple):
-    """One layer three times, its input's shape in Flax, and how many products a result sums."""
+    """One layer in PyTorch and in Flax, its input's shape there, and how many terms it sums."""
 
     torch: Any
     linen: Any
@@ -30,94 +32,56 @@ class Case(NamedTuple):
     terms: int = 1
 
 
-def convolution(dimensions, groups=1, strides=1):
-    kind = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[dimensions]
-    window = (3, 2, 1)[:dimensions]
-    flax = {"strides": strides, "padding": "VALID", "feature_group_count": groups}
-    return Case(
-        partial(kind, 4, 6, window, stride=strides, groups=groups),
-        nn.Conv(6, window, **flax),
-        lambda rngs: nnx.Conv(4, 6, window, **flax, rngs=rngs),
-        (2, *(7, 6, 5)[:dimensions], 4),
-        terms=24,
-    )
+FLAX, OURS = (nn, nnx), (bcn_flax, bcn_flax.nnx)
+EVALUATE = {"use_running_average": True}
 
 
+def layer(module, apis, name, features, shape, terms=1, **arguments):
+    """A layer of PyTorch, and the one of this name in both of Flax's APIs."""
+    linen, nnx_layer = (getattr(api, name) for api in apis)
+    nnx_layer = partial(nnx_layer, *features, **arguments)
+    return Case(module, linen(*features[1:], **arguments), nnx_layer, shape, terms)
+
+
+def convolution(module, apis, name, strides=1, groups=1):
+    window = module.kernel_size
+    shape = (2, *(7, 6, 5)[: len(window)], 4)
+    arguments = {"strides": strides, "padding": "VALID", "feature_group_count": groups}
+    return layer(module, apis, name, (4, 6, window), shape, terms=24, **arguments)
+
+
+def norm(module, apis, name, terms=1, **arguments):
+    return layer(module, apis, name, (8,), (2, 4, 3, 8), terms, **arguments)
+
+
+GROUPS = {"terms": 24, "num_groups": 4}
 CASES = {
-    "Conv1d": convolution(1),
-    "Conv2d": convolution(2, strides=2),
-    "Conv3d": convolution(3),
-    "Conv2d, grouped": convolution(2, groups=2),
-    "Linear": Case(
-        lambda: torch.nn.Linear(8, 6),
-        nn.Dense(6),
-        lambda rngs: nnx.Linear(8, 6, rngs=rngs),
-        (5, 8),
-        terms=8,
-    ),
-    "BatchNorm2d": Case(
-        lambda: torch.nn.BatchNorm2d(8),
-        nn.BatchNorm(True, epsilon=1e-5),
-        lambda rngs: nnx.BatchNorm(8, use_running_average=True, epsilon=1e-5, rngs=rngs),
-        (2, 4, 3, 8),
-    ),
-    "GroupNorm": Case(
-        lambda: torch.nn.GroupNorm(4, 8),
-        nn.GroupNorm(4, epsilon=1e-5),
-        lambda rngs: nnx.GroupNorm(8, 4, epsilon=1e-5, rngs=rngs),
-        (2, 4, 3, 8),
-        terms=24,
-    ),
-    "LayerNorm": Case(
-        lambda: torch.nn.LayerNorm(8),
-        nn.LayerNorm(epsilon=1e-5),
-        lambda rngs: nnx.LayerNorm(8, epsilon=1e-5, rngs=rngs),
-        (5, 8),
-        terms=8,
-    ),
-    "PReLU": Case(lambda: torch.nn.PReLU(), nn.PReLU(), lambda rngs: nnx.PReLU(), (5, 8)),
+    "Conv1d": convolution(torch.nn.Conv1d(4, 6, 3), FLAX, "Conv"),
+    "Conv2d": convolution(torch.nn.Conv2d(4, 6, (3, 2), 2), FLAX, "Conv", strides=2),
+    "Conv3d": convolution(torch.nn.Conv3d(4, 6, (3, 2, 1)), FLAX, "Conv"),
+    "groups": convolution(torch.nn.Conv2d(4, 6, (3, 2), groups=2), FLAX, "Conv", groups=2),
+    "WSConv1d": convolution(bcn_torch.WSConv1d(4, 6, 3), OURS, "WSConv"),
+    "WSConv2d": convolution(bcn_torch.WSConv2d(4, 6, (3, 2), 2), OURS, "WSConv", strides=2),
+    "WSConv3d": convolution(bcn_torch.WSConv3d(4, 6, (3, 2, 1)), OURS, "WSConv"),
+    "WS groups": convolution(bcn_torch.WSConv2d(4, 6, (3, 2), groups=2), OURS, "WSConv", groups=2),
+    "Linear": Case(torch.nn.Linear(8, 6), nn.Dense(6), partial(nnx.Linear, 8, 6), (5, 8), 8),
+    "WSLinear": layer(bcn_torch.WSLinear(8, 6), OURS, "WSDense", (8, 6), (5, 8), 8),
+    "BatchNorm2d": norm(torch.nn.BatchNorm2d(8), FLAX, "BatchNorm", epsilon=1e-5, **EVALUATE),
+    "BatchNorm": norm(bcn_torch.BatchNorm(8), OURS, "BatchNorm", **EVALUATE),
+    "EstBN": norm(bcn_torch.EstimatedBatchNorm(8), OURS, "EstimatedBatchNorm", **EVALUATE),
+    "ChannelNorm": norm(bcn_torch.ChannelNorm(8, 4), OURS, "ChannelNorm", **GROUPS),
+    "BCN": norm(bcn_torch.BatchChannelNorm(8, 4), OURS, "BatchChannelNorm", **GROUPS, **EVALUATE),
+    "GroupNorm": norm(torch.nn.GroupNorm(4, 8), FLAX, "GroupNorm", **GROUPS, epsilon=1e-5),
+    "LayerNorm": layer(torch.nn.LayerNorm(8), FLAX, "LayerNorm", (8,), (5, 8), 8, epsilon=1e-5),
+    "PReLU": Case(torch.nn.PReLU(), nn.PReLU(), lambda rngs: nnx.PReLU(), (5, 8)),
 }
-
-
-def randomize(module):
-    """Give every number of a PyTorch module another value, and evaluate."""
-    rng = np.random.default_rng(0)
-    for tensor in module.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, tuple(tensor.shape))))
-    return module.eval()
-
-
-def shapes(layer, x, **call):
-    return jax.eval_shape(lambda: layer.init(jax.random.key(0), x, **call))
-
-
-def assert_same_state(actual, expected):
-    assert list(actual) == list(expected)
-    for key, tensor in expected.items():
-        assert torch.equal(actual[key], tensor), key
-
-
-def normal(shape):
-    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_a_layer_computes_the_same_and_its_weights_return(case, api):
-    module, x = randomize(case.torch()), normal(case.shape)
-    if api == "linen":
-        like = shapes(case.linen, x)
-        moved = interop.variables_from_torch(module.state_dict(), like)
-        y = case.linen.apply(moved, x)
-    else:
-        like = case.nnx(nnx.Rngs(0))
-        moved = interop.module_from_torch(module.state_dict(), like)
-        y = moved(x)
-    expected = layout.to_flax(module(layout.to_torch(x)))
-    assert_close(y, expected, ulps=roundings(case.terms), dtype=np.float32)
-    returned = interop.state_dict_from_variables(moved, case.torch().state_dict())
-    assert_same_state(returned, module.state_dict())
+    flax = case.linen if api == "linen" else case.nnx(rngs=nnx.Rngs(0))
+    assert_converts(randomize(case.torch), flax, normal(case.shape), roundings(case.terms))
 
 
 def test_an_embedding_looks_up_the_same():
@@ -130,20 +94,20 @@ def test_an_embedding_looks_up_the_same():
 
 
 @pytest.mark.parametrize("transpose_kernel", [False, True])
-@pytest.mark.parametrize("outputs", [5, 4], ids=["4 to 5", "square"])
 @pytest.mark.parametrize(
-    ("window", "options"),
+    ("window", "outputs", "options"),
     [
-        ((3,), {}),
-        ((3, 2), {"stride": 2, "output_padding": 1}),
-        ((4, 4), {"stride": 2, "padding": 1}),
-        ((3, 2), {"stride": 2, "padding": 1, "dilation": 2, "output_padding": 1}),
-        ((2, 3, 2), {"stride": 2}),
+        ((3,), 5, {}),
+        ((3, 2), 5, {"stride": 2, "output_padding": 1}),
+        ((3, 2), 4, {"stride": 2, "output_padding": 1}),  # as many as inputs
+        ((4, 4), 5, {"stride": 2, "padding": 1}),
+        ((3, 2), 5, {"stride": 2, "padding": 1, "dilation": 2, "output_padding": 1}),
+        ((2, 3, 2), 5, {"stride": 2}),
     ],
 )
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_a_transposed_convolution_computes_the_same(
-    api, window, options, outputs, transpose_kernel
+    api, window, outputs, options, transpose_kernel
 ):
     kinds = {1: torch.nn.ConvTranspose1d, 2: torch.nn.ConvTranspose2d, 3: torch.nn.ConvTranspose3d}
     module = randomize(kinds[len(window)](4, outputs, window, **options))
@@ -157,29 +121,19 @@ def test_a_transposed_convolution_computes_the_same(
         "kernel_dilation": (d,) * len(window),
         "transpose_kernel": transpose_kernel,
     }
-    x = normal((2, *(5, 4, 3)[: len(window)], 4))
+    x, ulps = normal((2, *(5, 4, 3)[: len(window)], 4)), roundings(4 * np.prod(window))
     if api == "linen":
-        layer = nn.ConvTranspose(outputs, window, **flax)
-        told = {"transposed": {"": transpose_kernel}}
-        like = shapes(layer, x)
-        moved = interop.variables_from_torch(module.state_dict(), like, **told)
-        y = layer.apply(moved, x)
+        layer, given = nn.ConvTranspose(outputs, window, **flax), {"": transpose_kernel}
+        assert_converts(module, layer, x, ulps, transposed=given)
     else:
-        like, told = nnx.ConvTranspose(4, outputs, window, **flax, rngs=nnx.Rngs(0)), {}
-        moved = interop.module_from_torch(module.state_dict(), like)
-        y = moved(x)
-    expected = layout.to_flax(module(layout.to_torch(x)))
-    assert_close(y, expected, ulps=roundings(4 * np.prod(window)), dtype=np.float32)
-    returned = interop.state_dict_from_variables(moved, module.state_dict(), **told)
-    assert_same_state(returned, module.state_dict())
+        layer = nnx.ConvTranspose(4, outputs, window, **flax, rngs=nnx.Rngs(0))
+        assert_converts(module, layer, x, ulps)
 
 
 def test_valid_padding_is_no_padding_where_strides_are_not_longer_than_windows():
-    module, x = randomize(torch.nn.ConvTranspose2d(3, 2, 3, stride=2)), normal((1, 4, 5, 3))
+    module = randomize(torch.nn.ConvTranspose2d(3, 2, 3, stride=2))
     layer = nn.ConvTranspose(2, (3, 3), (2, 2), padding="VALID")
-    variables = interop.variables_from_torch(module, shapes(layer, x))
-    expected = layout.to_flax(module(layout.to_torch(x)))
-    assert_close(layer.apply(variables, x), expected, ulps=roundings(27), dtype=np.float32)
+    assert_converts(module, layer, normal((1, 4, 5, 3)), roundings(27), transposed=[""])
 
 
 class Autoencoder(nn.Module):
@@ -212,56 +166,6 @@ def test_a_torch_module_tells_which_convolutions_are_transposed_but_not_flax_s_a
     assert "flipped" not in str(interop.match(autoencoder(), like, transposed={"up": True}))
 
 
-def test_what_square_kernels_belong_to_is_presumed_aloud_in_one_line():
-    kernel = torch.ones(4, 4, 3, 3)
-    state_dict = {"a.weight": kernel, "b.weight": kernel, "c.weight": torch.ones(5, 4, 3, 3)}
-    like = {
-        name.removesuffix(".weight"): {"kernel": jnp.ones((3, 3, 4, len(weight)))}
-        for name, weight in state_dict.items()
-    }
-    report = str(interop.match(state_dict, {"params": like})).splitlines()
-    note = "assumed to be ordinary convolutions: a, b; otherwise pass transposed=['a']"
-    assert [line for line in report if "assumed" in line] == [note]
-    assert report[-1] == note
-
-
-def decoder():
-    """One square convolution, one that is transposed by its shape, and one of a single pixel."""
-    state_dict = {
-        "square.weight": torch.ones(4, 4, 3, 3),
-        "up.weight": torch.ones(4, 5, 3, 3),
-        "mix.weight": torch.ones(4, 4, 1, 1),
-    }
-    like = {
-        "square": {"kernel": jnp.ones((3, 3, 4, 4))},
-        "up": {"kernel": jnp.ones((3, 3, 4, 5))},
-        "mix": {"kernel": jnp.ones((1, 1, 4, 4))},
-    }
-    return state_dict, {"params": like}
-
-
-@pytest.mark.parametrize("transposed", [(), ["up"], {"up": False}])
-def test_beside_transposed_convolutions_square_ones_must_be_declared(transposed):
-    expected = r"ambiguous: square\.weight .* pass transposed=\{'square': None\}"
-    with pytest.raises(ValueError, match=expected) as caught:
-        interop.match(*decoder(), transposed=transposed)
-    assert "mix" not in str(caught.value)
-
-
-def test_none_is_an_ordinary_convolution():
-    report = str(interop.match(*decoder(), transposed={"up": False, "square": None}))
-    (square,) = [line for line in report.splitlines() if line.startswith("square")]
-    assert square.endswith("(O, I, *) -> (*, I, O)")
-    assert report.splitlines()[-1].startswith("assumed to be ordinary convolutions: mix;")
-
-
-def test_no_transposed_convolution_of_flax_has_groups():
-    state_dict, like = {"up.weight": torch.ones(8, 4, 3, 3)}, jnp.ones((3, 3, 8, 8))
-    expected = r"needs \(8, 8, 3, 3\); Flax has no grouped transposed convolution"
-    with pytest.raises(ValueError, match=expected):
-        interop.match(state_dict, {"params": {"up": {"kernel": like}}}, transposed=["up"])
-
-
 def test_both_sides_must_agree_which_convolutions_are_transposed():
     like = nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0))
     module = torch.nn.ConvTranspose2d(4, 4, 3)
@@ -270,14 +174,6 @@ def test_both_sides_must_agree_which_convolutions_are_transposed():
         interop.match(module, like)
     with pytest.raises(ValueError, match="`transposed` says transposed=True"):
         interop.match(module.state_dict(), like, transposed=[""])
-
-
-def test_an_undeclared_transposed_convolution_is_misshapen_and_the_error_says_how_to_declare_it():
-    layer, module = nn.ConvTranspose(5, (3, 3)), torch.nn.ConvTranspose2d(4, 5, 3)
-    like = shapes(layer, jnp.ones((1, 8, 8, 4)))
-    with pytest.raises(ValueError, match=r"misshapen: weight .* pass transposed=\[''\]"):
-        interop.match(module.state_dict(), like)
-    assert interop.match(module.state_dict(), like, transposed=[""])
 
 
 class EstimatedBatchNorm(torch.nn.Module):
@@ -338,13 +234,9 @@ class OurNetwork(nn.Module):
 
 @pytest.mark.parametrize("name", ["bn", "pbn"])
 def test_the_authors_batch_channel_norm_moves_both_ways_and_computes_the_same(name):
-    module, layer, x = AuthorsNetwork(name), OurNetwork(name == "bn"), normal((2, 6, 5, 3))
-    module = randomize(module)
-    match = interop.match(module.state_dict(), shapes(layer, x))
-    variables = match.to_flax(module)
-    expected = layout.to_flax(module(layout.to_torch(x)))
-    assert_close(layer.apply(variables, x), expected, ulps=roundings(27 + 24), dtype=np.float32)
-    assert_same_state(match.to_torch(variables), module.state_dict())
+    network = OurNetwork(estimate=name == "bn")
+    x = normal((2, 6, 5, 3))
+    assert_converts(randomize(AuthorsNetwork(name)), network, x, roundings(27 + 24))
 
 
 def test_training_by_the_batch_moves_the_same_mean_and_flax_s_variance_biased():
@@ -377,14 +269,3 @@ def test_what_stays_behind_is_reported_with_what_to_do():
     returned = match.to_torch(match.to_flax(module))
     assert returned["norm1.bn.num_batches_tracked"] == 7
     assert returned["norm1.bn.estbn_moving_speed"] == 0.25
-
-
-def test_a_gain_for_each_output_may_have_axes_of_length_1_in_pytorch():
-    state_dict = {"conv.weight": torch.ones(6, 4, 3, 3), "conv.gain": torch.rand(6, 1, 1, 1)}
-    like = {"params": {"conv": {"kernel": jnp.ones((3, 3, 4, 6)), "gain": jnp.ones(6)}}}
-    match = interop.match(state_dict, like)
-    variables = match.to_flax(state_dict)
-    np.testing.assert_array_equal(
-        variables["params"]["conv"]["gain"], state_dict["conv.gain"].flatten().numpy()
-    )
-    assert_same_state(match.to_torch(variables), state_dict)

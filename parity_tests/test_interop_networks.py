@@ -13,7 +13,7 @@ from flax import nnx
 from bcn_flax import interop
 from bcn_flax.parity.errors import roundings
 from parity_tests import layout
-from parity_tests.test_interop_layers import assert_same_state, normal, randomize, shapes
+from parity_tests.conversion import assert_converts, assert_same_state, normal, randomize, shapes
 from parity_tests.tolerances import assert_close
 
 pytestmark = pytest.mark.torch
@@ -107,13 +107,9 @@ NAMES = {"conv1": "stem", "bn1": "stem_norm", "fc": "head"} | {
 
 @pytest.mark.parametrize("names", [NAMES, NAMES.get], ids=["mapping", "function"])
 def test_a_torchvision_style_resnet_computes_the_same_under_other_names(names):
-    module, model, x = randomize(TorchResNet()), FlaxResNet(), normal((2, 9, 8, 3))
-    match = interop.match(module.state_dict(), shapes(model, x), names=names)
-    variables = match.to_flax(module.state_dict())
-    expected = module(layout.to_torch(x)).detach().numpy()
     # Weights are positive, so the largest sum is no larger than the sum of its terms' sizes.
-    assert_close(model.apply(variables, x), expected, ulps=8 * roundings(72), dtype=np.float32)
-    assert_same_state(match.to_torch(variables), module.state_dict())
+    ulps = 8 * roundings(72)
+    assert_converts(randomize(TorchResNet()), FlaxResNet(), normal((2, 9, 8, 3)), ulps, names=names)
 
 
 def test_a_path_in_names_stands_for_what_is_in_it():
@@ -140,25 +136,13 @@ def test_a_wrapper_s_name_is_taken_off_when_told_and_the_error_tells_how():
 
 
 def test_a_sequential_of_sequentials_needs_no_names():
-    module = torch.nn.ModuleDict(
-        {
-            "features": torch.nn.Sequential(
-                torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)), torch.nn.ReLU()
-            )
-        }
+    first = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    module = torch.nn.Sequential(first, torch.nn.ReLU())
+    first = nnx.Sequential(
+        nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.LayerNorm(4, epsilon=1e-5, rngs=nnx.Rngs(0))
     )
-
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            first = nnx.Sequential(
-                nnx.Linear(3, 4, rngs=rngs), nnx.LayerNorm(4, epsilon=1e-5, rngs=rngs)
-            )
-            self.features = nnx.Sequential(first, jax.nn.relu)
-
-    x = normal((2, 3))
-    moved = interop.module_from_torch(randomize(module), Model(nnx.Rngs(0)))
-    expected = module["features"](torch.from_numpy(x)).detach().numpy()
-    assert_close(moved.features(x), expected, ulps=roundings(7), dtype=np.float32)
+    flax = nnx.Sequential(first, jax.nn.relu)
+    assert_converts(randomize(module), flax, normal((2, 3)), roundings(7))
 
 
 class FlatteningFlax(nn.Module):
@@ -183,83 +167,8 @@ IMAGES = normal((2, 5, 4, 3))
 
 
 def test_the_first_dense_layer_after_a_flatten_is_reordered():
-    module, model = randomize(flattening_torch()), FlatteningFlax()
-    match = interop.match(module, shapes(model, IMAGES), flattened={"fc": 4})
-    variables = match.to_flax(module)
-    expected = module(layout.to_torch(IMAGES)).detach().numpy()
-    assert_close(model.apply(variables, IMAGES), expected, ulps=roundings(51), dtype=np.float32)
-    assert_same_state(match.to_torch(variables), module.state_dict())
-
-
-def alphabetical(state_dict):
-    return dict(sorted(state_dict.items()))
-
-
-def head_first(state_dict):
-    """As if a module had defined its last layer before the others."""
-    return dict(sorted(state_dict.items(), key=lambda item: not item[0].startswith("fc")))
-
-
-@pytest.mark.parametrize("order", [dict, alphabetical, head_first])
-def test_a_possible_flatten_must_be_declared(order):
-    state_dict, like = order(flattening_torch().state_dict()), shapes(FlatteningFlax(), IMAGES)
-    with pytest.raises(ValueError, match=r"ambiguous: fc\.weight has 24 inputs") as caught:
-        interop.match(state_dict, like)
-    assert "pass flattened={'fc': 4}; if none were, pass flattened={'fc': 24}" in str(caught.value)
-    assert "reordered" in str(interop.match(state_dict, like, flattened={"fc": 4}))
-    assert "reordered" not in str(interop.match(state_dict, like, flattened={"fc": 24}))
-
-
-def layers(**weights):
-    """A `state_dict` and its Flax twin, with weights of PyTorch's shapes."""
-    state_dict = {f"{name}.weight": np.ones(shape, np.float32) for name, shape in weights.items()}
-    kernels = {
-        name: {"kernel": np.ones((*shape[2:], shape[1], shape[0]), np.float32)}
-        for name, shape in weights.items()
-    }
-    return state_dict, {"params": kernels}
-
-
-def test_every_head_on_flattened_images_is_suspect_but_nothing_behind_them():
-    state_dict, like = layers(
-        features=(8, 3, 3, 3), policy=(6, 72), action=(9, 6), advantage=(6, 72), other=(9, 6)
-    )
-    with pytest.raises(ValueError, match="ambiguous") as caught:
-        interop.match(state_dict, like)
-    complaints = [line for line in str(caught.value).splitlines() if "ambiguous" in line]
-    assert [line.split()[1] for line in complaints] == ["policy.weight", "advantage.weight"]
-
-
-@pytest.mark.parametrize("order", [dict, alphabetical])
-def test_heads_on_pooled_images_are_not_suspect(order):
-    state_dict, like = layers(
-        conv=(8, 3, 3, 3), layer=(64, 8, 3, 3), fc=(5, 64), head=(3, 64), zoom=(3, 5)
-    )
-    assert interop.match(order(state_dict), like)
-
-
-def test_a_flatten_that_the_order_would_show_is_noted_where_the_order_is_lost():
-    state_dict, like = layers(stem=(64, 3, 3, 3), conv2=(16, 64, 3, 3), fc=(5, 64))
-    with pytest.raises(ValueError, match=r"ambiguous: fc\.weight has 64 inputs"):
-        interop.match(state_dict, like)
-    note = (
-        "assumed to follow no flatten: fc, because the order of the layers is unknown; otherwise "
-        "pass flattened={'fc': 16}"
-    )
-    assert str(interop.match(alphabetical(state_dict), like)).splitlines()[-1] == note
-    said = interop.match(alphabetical(state_dict), like, flattened={"fc": 64})
-    assert "assumed" not in str(said)
-
-
-@pytest.mark.parametrize("order", [dict, alphabetical])
-def test_a_number_of_channels_that_no_layer_before_has_is_noted(order):
-    state_dict, like = layers(conv=(16, 3, 3, 3), fc=(5, 64))
-    report = str(interop.match(order(state_dict), like, flattened={"fc": 32}))
-    assert "'fc' is given 32 channels, but no convolution or norm before it" in report
-    assert report.endswith("there are [16]")
-    for channels in (16, 64):
-        report = str(interop.match(order(state_dict), like, flattened={"fc": channels}))
-        assert "is given" not in report
+    module = randomize(flattening_torch())
+    assert_converts(module, FlatteningFlax(), IMAGES, roundings(51), flattened={"fc": 4})
 
 
 def proposed(module, like):
@@ -277,16 +186,6 @@ def test_names_are_proposed_by_shape_and_order():
     assert proposed(TorchResNet(), like) == NAMES
     wrapped = {f"module.{path}": place for path, place in NAMES.items()}
     assert proposed(torch.nn.DataParallel(TorchResNet()), like) == {"module": "", **wrapped}
-
-
-def test_flattened_must_name_dense_layers_and_divide_their_inputs():
-    module, like = flattening_torch(), shapes(FlatteningFlax(), IMAGES)
-    with pytest.raises(ValueError, match="flattened: 'conv' is no dense layer") as caught:
-        interop.match(module, like, flattened={"conv": 4, "fc": 5}, transposed=["fc"])
-    assert "flattened: 'fc' has 24 inputs, which 5 does not divide" in str(caught.value)
-    assert "transposed: 'fc' is no convolution" in str(caught.value)
-    with pytest.raises(ValueError, match="which 0 does not divide"):
-        interop.match(module, like, flattened={"fc": 0})
 
 
 def test_gradients_move_by_the_match_of_the_weights():
