@@ -417,6 +417,8 @@ GRAPHS = {
     "fork, argmax": fork(lambda rest, z, y: rest(z + y).argmax(1)),
     "fork, argmax alone": fork(lambda rest, z, y: (rest(z), y.reshape(-1).argmax())),
     "fork, comparison": fork(lambda rest, z, y: rest(z * (y > 0))),
+    # NaN does not show here: it is not larger either.
+    "fork, never": fork(lambda rest, z, y: rest(z * (1 + (y > 1000)))),
     "fork, parts": fork(lambda rest, z, y: {"a": (rest(z), None), "b": [y]}),
 }
 JAX_GRAPHS = {

@@ -1,4 +1,4 @@
-"""A model with batch norms of `torch.nn` becomes one with BCN and WS."""
+"""Convert a model with batch norms of `torch.nn` into one with BCN and WS."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence

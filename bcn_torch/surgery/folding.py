@@ -1,4 +1,4 @@
-"""Norms and standardized weights become plain weights."""
+"""Fold norms and standardized weights into plain weights."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Running estimates are computed anew from data."""
+"""Replace running estimates by averages over given data."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""Layers made anew as another kind, and copies of a model with some of its modules replaced."""
+"""Rebuild layers as another kind, and copy a model with some of its modules replaced."""
 
 import copy
 from collections.abc import Mapping

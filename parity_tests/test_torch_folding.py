@@ -21,7 +21,7 @@ from bcn_torch import (
     recalibrate,
 )
 from bcn_torch.variants import WS
-from parity_tests.test_torch_surgery import ResNet, assert_equal, state_and_modes, trained
+from parity_tests.test_torch_conversion import ResNet, assert_equal, state_and_modes, trained
 
 pytestmark = pytest.mark.torch
 
