@@ -10,11 +10,14 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 from parity_tests.environment import QUICK_TO_COMPILE, prepare
+from parity_tests.small_runs import compiled_once, small
 
 # The shapes in the annotations are checked at every call.
 install_import_hook(["bcn_flax.affine", "bcn_flax.norms"], "beartype.beartype")
 
 prepare()
+
+__all__ = ["compiled_once", "small"]  # fixtures
 
 # Compilation makes the first example slow, so hypothesis must not count the time. The examples are
 # the same in every run; `--hypothesis-profile explore` draws new ones, and prints what fails.

@@ -1,8 +1,8 @@
 """A run gives the same results on any number of devices and processes, but for rounding."""
 
-import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import train_cifar
+from parity_tests.small_runs import small_networks
 from train_cifar import Trainer
 from training import TrainingError, data
 from training.checkpoints import Checkpoints
-from training.config import RECIPES, Config, resolve
+from training.config import Config, resolve
 from training.devices import Placement
 
 ROOT = Path(train_cifar.__file__).parent
@@ -25,11 +26,16 @@ ROOT = Path(train_cifar.__file__).parent
 OPTIONS = {"optimizer": "sgd", "learning_rate": 0.05, "epochs": 2, "batch_size": 32}
 
 
-@pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    digits = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
-    monkeypatch.setitem(RECIPES, "digits", digits)
+pytestmark = pytest.mark.usefixtures("small")
+
+
+@pytest.fixture(scope="module")
+def on_one(tmp_path_factory, compiled_once):
+    """The folder of a run on one device."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    with small_networks():
+        train_cifar.main(Config(**OPTIONS, devices=1, output=folder))
+    return folder
 
 
 def outcome(folder, **options):
@@ -49,21 +55,18 @@ def assert_near(one, other):
     jax.tree.map(close, one, other)
 
 
-def test_eight_devices_are_one():
+def test_eight_devices_are_one(on_one):
     """The estimates are of the whole batch: statistics are summed over all devices."""
-    for count in 1, 8:
-        output = Path(f"on-{count}")
-        train_cifar.main(Config(**OPTIONS, devices=count, output=output))
-    assert_near(outcome("on-8"), outcome("on-1"))
+    train_cifar.main(Config(**OPTIONS, devices=8, output=Path("on-8")))
+    assert_near(outcome("on-8"), outcome(on_one))
 
 
-def test_a_run_goes_on_with_other_devices():
-    options = {**OPTIONS, "output": Path("here")}
-    train_cifar.main(Config(**options, devices=1))
-    (Path("here") / "metrics.jsonl").unlink()
-    last = train_cifar.main(Config(**options, devices=8, resume=True))
+def test_a_run_is_resumed_on_other_devices(on_one):
+    folder = Path(shutil.copytree(on_one, "here"))
+    (folder / "metrics.jsonl").unlink()
+    last = train_cifar.main(Config(**OPTIONS, devices=8, output=folder, resume=True))
     assert last["epoch"] == 2
-    assert len((Path("here") / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_several_processes_must_agree_on_a_folder(monkeypatch):
@@ -87,7 +90,7 @@ train_cifar.command_line()
 
 
 @pytest.mark.slow
-def test_two_processes_with_two_devices_each_are_one(tmp_path):
+def test_two_processes_with_two_devices_each_are_one(tmp_path, on_one):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -112,5 +115,4 @@ def test_two_processes_with_two_devices_each_are_one(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], printed
     assert "results in" in printed[0]
     assert "results in" not in printed[1]  # only the first prints
-    train_cifar.main(Config(**OPTIONS, devices=1, output=tmp_path / "on-1"))
-    assert_near(outcome(tmp_path / "on-4"), outcome(tmp_path / "on-1"))
+    assert_near(outcome(tmp_path / "on-4"), outcome(on_one))

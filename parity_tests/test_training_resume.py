@@ -18,29 +18,23 @@ import PIL.Image
 import pytest
 
 import train_cifar
+from parity_tests.small_runs import compilation_cache_in, small_networks
 from train_cifar import Trainer
 from training import TrainingError, data
 from training.checkpoints import Checkpoints
-from training.config import RECIPES, Config, resolve
+from training.config import Config, resolve
 from training.devices import Placement
 from training.progress import Stopped
 
 TIMES = {"seconds", "images_per_second"}
-# A small network, and saves that come often enough to be hit.
-SMALL_DIGITS = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
-SMALL = Config(epochs=3, devices=1, checkpoint_every=7, micro_batch=16)
+SMALL = Config(epochs=3, devices=1, micro_batch=16)
 
 # New processes are copies of one that has imported everything, which takes longer than to train.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload([__name__])
 
 
-@pytest.fixture(autouse=True)
-def small(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(RECIPES, "digits", SMALL_DIGITS)
-    with jax.default_prng_impl("rbg"):  # initializers compile several times as fast
-        yield
+pytestmark = pytest.mark.usefixtures("small")
 
 
 def config(folder, **options):
@@ -65,11 +59,10 @@ def assert_same(one, other):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What a run comes to that nothing interrupts."""
+def whole(tmp_path_factory, compiled_once):
+    """The folder and the outcome of a run that nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch, jax.default_prng_impl("rbg"):
-        patch.setitem(RECIPES, "digits", SMALL_DIGITS)
+    with small_networks():
         train_cifar.main(config(folder))
         return folder, outcome(folder)
 
@@ -193,13 +186,10 @@ def test_a_damaged_configuration_is_said(whole):
 
 
 def train_killably(folder, output):
-    """Train in this process, which says what it does in a pipe."""
+    """Train in this process, which reports to a pipe, and save often enough to be killed then."""
     os.dup2(output.fileno(), sys.stdout.fileno())
-    jax.config.update("jax_default_prng_impl", "rbg")
-    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    RECIPES["digits"] = SMALL_DIGITS
-    train_cifar.main(config(folder, resume=True))
+    with compilation_cache_in(folder.parent / "compiled"), small_networks():
+        train_cifar.main(config(folder, resume=True, checkpoint_every=7))
 
 
 @contextlib.contextmanager

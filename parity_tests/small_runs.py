@@ -1,0 +1,55 @@
+"""Short runs of the training script, of networks that compile fast."""
+
+import dataclasses
+from contextlib import contextmanager
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+CACHE = {
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@contextmanager
+def small_networks(epochs=2):
+    """Let the recipes have one small convolution."""
+    from training.config import RECIPES  # not for every test: it imports much
+
+    # Initializers compile several times as fast with this generator.
+    with pytest.MonkeyPatch.context() as patch, jax.default_prng_impl("rbg"):
+        for name, recipe in list(RECIPES.items()):
+            small = dataclasses.replace(recipe, blocks=((8,),), groups=4, epochs=epochs)
+            patch.setitem(RECIPES, name, small)
+        yield
+
+
+@contextmanager
+def compilation_cache_in(folder):
+    """Compile each program once."""
+    options = {"jax_compilation_cache_dir": str(folder), **CACHE}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Compile each program once in a process."""
+    with compilation_cache_in(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch, compiled_once):
+    """Train small networks, in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    with small_networks():
+        yield
