@@ -86,7 +86,7 @@ class BatchNorm(_WithRunningAverages):
     Attributes:
         use_running_average: true in evaluation, false in training; the call can override it.
         axis: the channel axis; axis 0 is the batch axis.
-        momentum: the weight of the old value in the running averages.
+        momentum: the weight of the old running average; `nn.BatchNorm` has 0.99.
         epsilon: added to the variance, inside the square root.
         dtype: dtype of the result; by default the promoted dtype of input and parameters.
         param_dtype: dtype of the parameters.
@@ -241,7 +241,7 @@ class BatchChannelNorm(_WithRunningAverages):
     Attributes:
         use_running_average: true in evaluation, false in training; the call can override it.
         axis: the channel axis; axis 0 is the batch axis.
-        momentum: the weight of the old value in the running averages.
+        momentum: the weight of the old running average; `nn.BatchNorm` has 0.99.
         epsilon: added to both variances, inside the square root.
         dtype: dtype of the result; by default the promoted dtype of input and parameters.
         param_dtype: dtype of the parameters.

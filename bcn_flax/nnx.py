@@ -123,7 +123,7 @@ class BatchNorm(_WithRunningAverages):
             use_running_average: true in evaluation, false in training; `.train()`, `.eval()` and
                 `nnx.view` set it, and the call can override it.
             axis: the channel axis; axis 0 is the batch axis.
-            momentum: the weight of the old value in the running averages.
+            momentum: the weight of the old running average; `nnx.BatchNorm` has 0.99.
             epsilon: added to the variance, inside the square root.
             dtype: dtype of the result; by default the promoted dtype of input and parameters.
             param_dtype: dtype of the parameters.
@@ -332,7 +332,7 @@ class BatchChannelNorm(_WithRunningAverages):
             use_running_average: true in evaluation, false in training; `.train()`, `.eval()` and
                 `nnx.view` set it, and the call can override it.
             axis: the channel axis; axis 0 is the batch axis.
-            momentum: the weight of the old value in the running averages.
+            momentum: the weight of the old running average; `nnx.BatchNorm` has 0.99.
             epsilon: added to both variances, inside the square root.
             batch_epsilon: epsilon of the batch norm; by default `epsilon`.
             dtype: dtype of the result; by default the promoted dtype of input and parameters.
@@ -516,6 +516,6 @@ def _require_num_features(channels: int, expected: int) -> None:
     if channels != expected:
         raise ValueError(
             f"The input must have the {expected} channels that the layer was made for, but it has "
-            f"{channels}. Make the layer with num_features={channels}, or with the axis along "
-            "which the channels lie."
+            f"{channels}. Make the layer with num_features={channels}, or set axis to the channel "
+            "axis of the input."
         )

@@ -260,8 +260,8 @@ def _require_input(x: Array, axis: object) -> None:
         )
     if not -rank <= axis < rank or axis % rank == 0:
         raise ValueError(
-            f"The channel axis must be one of 1 to {rank - 1}, or -{rank - 1} to -1, for an input "
-            f"of shape {shape}, whose axis 0 is the batch, but axis={axis}."
+            f"The channel axis must be from 1 to {rank - 1}, or from -{rank - 1} to -1, for an "
+            f"input of shape {shape}, because axis 0 is the batch axis, but axis={axis}."
         )
     if math.prod(shape) == 0:
         raise ValueError(
@@ -292,8 +292,8 @@ def _warn_of_single_values(samples: object, values: object) -> None:
     if isinstance(samples, int) and isinstance(values, int) and samples * values == 1:
         warnings.warn(
             "The batch has a single value per channel (1 sample without space axes, or of size 1), "
-            "so its variance is 0, which estimates nothing. Train with a larger batch, or evaluate "
-            "with use_running_average=True.",
+            "so its variance is always 0. Train with a larger batch, or evaluate with "
+            "use_running_average=True.",
             stacklevel=2,
         )
 

@@ -466,8 +466,7 @@ def _warn_of_single_values(shape: Sequence[int]) -> None:
     if not torch.compiler.is_compiling() and math.prod(shape) == shape[1]:
         warnings.warn(
             f"The batch has a single value per channel (its shape is {tuple(shape)}), so its "
-            "variance is 0 and a batch norm in training learns nothing from it. Use a larger "
-            "batch, or evaluate with .eval().",
+            "variance is always 0. Train with a larger batch, or evaluate with .eval().",
             stacklevel=2,
         )
 

@@ -77,8 +77,8 @@ AXES = (
     "sample, add the batch axis with x[None]."
 )
 AXIS = (
-    "The channel axis must be one of 1 to 3, or -3 to -1, for an input of shape (2, 4, 4, 8), "
-    "whose axis 0 is the batch, but axis={}."
+    "The channel axis must be from 1 to 3, or from -3 to -1, for an input of shape (2, 4, 4, 8), "
+    "because axis 0 is the batch axis, but axis={}."
 )
 MASK = (
     "The mask must have as many axes as the input, each of the same length or 1, but the mask's "
@@ -219,7 +219,7 @@ FLAX_CALLS = (
     (
         lambda: of_nnx("BatchChannelNorm", num_features=4, **TRAIN),
         "The input must have the 4 channels that the layer was made for, but it has 8. Make the "
-        "layer with num_features=8, or with the axis along which the channels lie.",
+        "layer with num_features=8, or set axis to the channel axis of the input.",
     ),
     (lambda: kernel((1, 1, 3)), FAN_IN.format("kernel", (1, 1, 3), 1)),
     (lambda: kernel((0, 3)), FAN_IN.format("kernel", (0, 3), 0)),
@@ -397,7 +397,7 @@ def test_a_single_value_per_channel_is_warned_of_in_training_only():
     variables = jax.eval_shape(init, x)  # initializing with one sample is no mistake
     message = (
         "The batch has a single value per channel (1 sample without space axes, or of size 1), so "
-        "its variance is 0, which estimates nothing. Train with a larger batch, or evaluate with "
+        "its variance is always 0. Train with a larger batch, or evaluate with "
         "use_running_average=True."
     )
     step = partial(layer.apply, mutable=["batch_stats"])
@@ -422,8 +422,7 @@ def test_pytorch_warns_of_single_values_too(estimate):
     for shape in ((1, 8), (1, 8, 1, 1)):
         message = (
             f"The batch has a single value per channel (its shape is {shape}), so its variance is "
-            "0 and a batch norm in training learns nothing from it. Use a larger batch, or "
-            "evaluate with .eval()."
+            "always 0. Train with a larger batch, or evaluate with .eval()."
         )
         with pytest.warns(UserWarning, match=exactly(message)):
             layer(torch.randn(shape))
