@@ -1,8 +1,8 @@
 """The table of cases in which Flax, PyTorch and the oracle must show the same numbers.
 
-A case is a layer with its options, the data that it is given, and how: read the table as it stands
-at the end. PyTorch is imported only by what needs it, so that the Flax side can be verified against
-the oracle where there is none.
+A case is a layer with its options, its input data, and how it runs: see the table at the end.
+PyTorch is imported only by what needs it, so that Flax can be verified against the oracle without
+PyTorch.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,19 +27,19 @@ Options = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, what it is given, and how.
+    """A layer, its input, and how it runs.
 
     Attributes:
-        layer: its name, the same on both sides.
+        layer: its name, the same in Flax and PyTorch.
         options: its arguments, in Flax's words.
         shape: of the input, channels last.
         data: which of `DATA`.
         dtype: of the input; the parameters are in float32 or wider.
         api: of Flax.
-        masked: how many samples at the end of the batch are hidden behind a mask.
-        optimizer: on all sides.
+        masked: how many samples at the end of the batch are masked.
+        optimizer: the same for all implementations.
         steps: of training.
-        eager: whether to run Flax eagerly too.
+        eager: whether to run Flax eagerly, too.
         tolerances: other than the usual.
         ill_conditioned: why not even float64 can be precise to 12 digits, if it cannot.
     """
@@ -58,7 +58,7 @@ class Case:
     ill_conditioned: str = ""
 
     def __str__(self) -> str:
-        """What is out of the ordinary."""
+        """The layer, and everything that differs from an ordinary case."""
         plain, named = Case(self.layer), {"api", "dtype", "tolerances", "ill_conditioned"}
         special = {k: v for k, v in vars(self).items() if v != getattr(plain, k) and k not in named}
         special = {**special.pop("options", {}), **special}
@@ -93,7 +93,7 @@ class Case:
 
     @property
     def wrapped(self) -> bool:
-        """Whether samples are hidden, or PyTorch's memory lies in a strange order."""
+        """Whether samples are masked, or PyTorch's memory layout is unusual."""
         return self.masked > 0 or self.data == "strided"
 
     @property
@@ -103,17 +103,17 @@ class Case:
 
     @property
     def param_dtype(self) -> str:
-        """Of the parameters."""
+        """The dtype of the parameters."""
         return "float32" if self.half else self.dtype
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of the layer, with the standardization that the options name."""
+        """The options, with the standardization that they name."""
         named = {k: STANDARDIZATIONS[v] for k, v in self.options.items() if k == "standardization"}
         return {**self.options, **named}
 
     def inputs(self, rng: np.random.Generator) -> np.ndarray:
-        """An input, the same for all sides."""
+        """An input, the same for all implementations."""
         dtype = jnp.dtype(self.dtype)
         x = DATA[self.data](rng.standard_normal(self.shape), dtype).astype(dtype)
         x[self.kept :] = np.nan  # what hides behind a mask may be anything
@@ -150,14 +150,14 @@ STANDARDIZATIONS = {**WS, "nfnet with gamma": WS["nfnet"]._replace(gamma=1.7)}
 
 
 class Kept(nn.Module):
-    """A layer that is shown the first samples only; the others are behind a mask."""
+    """A layer with all but the first samples masked."""
 
     layer: nn.Module
     kept: int
     has_modes: bool
 
     def __call__(self, x: jax.Array, use_running_average: bool | None = None) -> jax.Array:
-        """Normalize, and return what is not hidden."""
+        """Normalize, and return the samples that are not masked."""
         mask = (jnp.arange(len(x)) < self.kept).reshape(-1, *(1,) * (x.ndim - 1))
         mode = {"use_running_average": use_running_average} if self.has_modes else {}
         return self.layer(x, **mode, mask=mask)[: self.kept]
@@ -175,14 +175,14 @@ def _one_nan(x: np.ndarray) -> np.ndarray:
 
 
 def _constant(x: np.ndarray) -> np.ndarray:
-    """A channel and a sample of one value."""
+    """Data with a constant channel and a constant sample."""
     x = x + 1
     x[..., 0] = 1
     x[0] = 1
     return x
 
 
-# Of an array of standard normal numbers, and the dtype that it is to have.
+# Functions of an array of standard normal numbers, and of the dtype that it is to have.
 DATA: Mapping[str, Callable[[np.ndarray, Any], np.ndarray]] = {
     "normal": lambda x, dtype: x + 1,
     "strided": lambda x, dtype: x + 1,
@@ -237,7 +237,7 @@ def with_options(case: Case, **options: Any) -> Case:
 
 
 def both_estimates(**changes: Any) -> list[Case]:
-    """Batch-channel norm by the estimates and by the batch."""
+    """Batch-channel norm that normalizes by the estimates, and by the batch."""
     return [replace(case, **changes) for case in (BCN, BCN_BY_BATCH)]
 
 
@@ -246,21 +246,21 @@ SHAPES = ((6, 16), (3, 5, 8), (2, 3, 4, 5, 8), (1, 4, 4, 8), (5, 1, 1, 16))
 OF_TWO_VALUES = Tolerance(
     "input gradient",
     100,
-    "two values standardized are -1 and 1 wherever they were, so that their gradient is what is "
-    "left of terms 100 times its size",
+    "two standardized values are always -1 and 1, so their gradient is the difference of terms 100 "
+    "times its size",
 )
 
 WITHOUT_DENORMALS = Tolerance(
     "gradient batch_norm/scale",
     1e4,
-    "XLA takes denormal numbers for 0, and with them what they add to the gradient of a scale",
+    "XLA flushes denormal numbers to 0, and so their part of the gradient of a scale",
 )
 
 INSTANCE_NORM = (
-    "with one channel a group the channel norm undoes the batch norm, whose gradients are 0 but "
+    "with one channel per group the channel norm undoes the batch norm, whose gradients are 0 but "
     "for rounding"
 )
-# Which options do what shows best in float64, where nothing hides behind a rounding.
+# The effect of options, tested in float64, whose rounding hides nothing.
 FORMULAS = (
     *(with_options(case, num_groups=g) for case in both_estimates() for g in (1, 2)),
     *(with_options(case, num_groups=8) for case in both_estimates(ill_conditioned=INSTANCE_NORM)),

@@ -1,4 +1,4 @@
-"""How every test runs: strict about ranks, float64 at hand, eight devices to spread over."""
+"""How every test runs: with strict ranks, a float64 fixture, and eight devices."""
 
 import os
 import re
@@ -27,7 +27,7 @@ settings.load_profile("default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Where many programs run once, compile them quickly rather than well.
+    """Compile quickly rather than well, for many programs run once.
 
     What XLA does to a program stays the same. The slow tests compile as programs usually do.
     """
@@ -36,9 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out the files that need what is not there, before they import it.
+    """Leave out files before they import what may be missing.
 
-    With `-m "not torch"` PyTorch; and the compilers for accelerators without `-m accelerators`.
+    These are files that need PyTorch with `-m "not torch"`, and files that need compilers for
+    accelerators without `-m accelerators`.
     """
     if collection_path.suffix != ".py":
         return None

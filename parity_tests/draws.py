@@ -5,6 +5,6 @@ import jax.numpy as jnp
 
 
 def random_variables(layer, x, rng, **call):
-    """Variables of a layer, none of them at its initial value, all of them sane."""
+    """Random variables of a layer, between 0.5 and 1.5."""
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.asarray(x), **call))
     return jax.tree.map(lambda v: jnp.asarray(rng.uniform(0.5, 1.5, v.shape), v.dtype), shapes)

@@ -1,4 +1,4 @@
-"""The laws of the layers: how what they show changes with what they are given.
+"""The laws of the layers: how their results change when their inputs change.
 
 A law needs no expected numbers. It calls a layer twice or more, with inputs, variables or devices
 that are related in a known way, and demands that what the calls show is related in a known way too.
@@ -55,10 +55,10 @@ class Layer:
 
 
 class Linen(Layer):
-    """One of linen."""
+    """A layer of linen."""
 
     def start(self, x):
-        """The variables to begin with."""
+        """The initial variables."""
         return self.make(**self.options).init(jax.random.key(0), x)
 
     def apply(self, variables, x, **call):
@@ -67,7 +67,7 @@ class Linen(Layer):
 
 
 class Nnx(Layer):
-    """One of NNX; its variables have the names that they have in linen."""
+    """A layer of NNX; its variables have the names that they have in linen."""
 
     def start(self, x):
         del x
@@ -123,7 +123,7 @@ KERNELS = {
     "WSConv": of_linen("WSConv", features=C, **WINDOW),
     "WSConvTranspose": of_linen("WSConvTranspose", features=C, **TRANSPOSED),
 }
-# These compute as linen's do, bit for bit, in everything that their constructors and calls take.
+# These equal linen's layers bit for bit, whatever the arguments of constructor and call.
 NNX_ESTIMATED = of_nnx("BatchChannelNorm", num_features=C, **ESTIMATED)
 NNX_NOT_ESTIMATED = of_nnx("BatchChannelNorm", num_features=C, **NOT_ESTIMATED)
 NNX_NORMS = {
@@ -147,11 +147,11 @@ NNX = {
 }
 LAYERS = {**NORMS, **IN_EVALUATION, **KERNELS, **NNX}
 
-# --- What a call shows ----------------------------------------------------------------------------
+# --- The results of a call ------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
-    """A call of a layer, or of anything that is called as one."""
+    """A call of a layer, or of a function with the same arguments."""
 
     layer: Any
     variables: Any
@@ -167,16 +167,16 @@ class Case(NamedTuple):
         return self._replace(layer=layer)
 
     def starting(self, **collections):
-        """With other variables."""
+        """The same call with other variables."""
         return self._replace(variables={**self.variables, **collections})
 
     def part(self, samples):
-        """With a part of the batch alone."""
+        """The same call with a part of the batch."""
         return self._replace(x=self.x[samples], dy=self.dy[samples])
 
 
 class Seen(NamedTuple):
-    """What a call shows; its gradients are those of `sum(y * dy)`."""
+    """The results of a call; its gradients are those of `sum(y * dy)`."""
 
     output: Any
     statistics: Any
@@ -185,7 +185,7 @@ class Seen(NamedTuple):
 
 
 def see(layer, variables, x, dy, mask):
-    """What a call shows, operation by operation."""
+    """The results of a call, computed operation by operation."""
 
     def loss(params, x):
         y, statistics = layer({**variables, "params": params}, x, mask)
@@ -200,19 +200,19 @@ compiled_call = jax.jit(lambda layer, *args: layer(*args), static_argnums=0)
 
 
 def observe(case):
-    """What a call shows, compiled once for each layer, shape, and kind of mask."""
+    """The results of a call, compiled once for each layer, shape, and kind of mask."""
     return jax.tree.map(np.asarray, compiled_see(*case))
 
 
 def output_and_statistics(case):
-    """Without gradients, which take most of the time to compile."""
+    """The results without gradients, which take most of the time to compile."""
     args = case.layer, case.variables, case.x, case.mask
     return jax.tree.map(np.asarray, compiled_call(*args))
 
 
 @cache
 def case_of(layer, seed):
-    """A call with random numbers; the variables are sane, and none at its initial value."""
+    """A call with random numbers; no variable has its initial value."""
     rng = np.random.default_rng(seed)
     x, dy = rng.normal(3, 2, SHAPE), rng.normal(size=SHAPE)
     shapes = jax.eval_shape(layer.start, x)
@@ -223,7 +223,7 @@ ULPS = 1000  # of float64: sums of some hundred terms in another order
 
 
 def assert_same(actual, expected, ulps=ULPS):
-    """But for rounding."""
+    """Fail unless two trees are equal but for rounding."""
 
     def check(path, a, e):
         scale = 1 + np.max(np.abs(e), initial=0, where=np.isfinite(e))
@@ -234,7 +234,7 @@ def assert_same(actual, expected, ulps=ULPS):
 
 
 def assert_identical(actual, expected):
-    """To the last bit."""
+    """Fail unless two trees are equal to the last bit."""
 
     def check(path, a, e):
         np.testing.assert_array_equal(a, e, err_msg=jax.tree_util.keystr(path))
@@ -268,13 +268,13 @@ def groups_may_change_places(case):
 
 
 def a_batch_norm_does_not_see_which_sample_a_value_is_of(case):
-    """Each weighs the same, however many of its sample count."""
+    """Every value has the same weight, however many of its sample count."""
     order = np.random.default_rng(0).permutation(N * 6)
     assert_follows(some_hidden(case), lambda x: x.reshape(-1, C)[order].reshape(SHAPE))
 
 
 def a_channel_norm_does_not_see_which_channel_of_a_group_a_value_is_of(case):
-    """Each weighs the same, however many of its channel count."""
+    """Every value has the same weight, however many of its channel count."""
     order = np.random.default_rng(0).permutation(6 * C // GROUPS)
 
     def move(x):
@@ -302,9 +302,9 @@ def the_layout_in_memory_changes_nothing(case):
 
 
 def assert_follows(case, move, rename=lambda tree: tree):
-    """What moves the input moves the output and the input gradient.
+    """A permutation of the input permutes the output and the input gradient.
 
-    `rename` moves what belongs to the channels, if those move.
+    `rename` permutes parameters and statistics, if channels move.
     """
     layer, variables, *arrays = case
     moved = Case(layer, rename(variables), *(None if a is None else move(a) for a in arrays))
@@ -319,7 +319,7 @@ def assert_follows(case, move, rename=lambda tree: tree):
 
 
 def by_channel(order):
-    """How to reorder the channels of the input, and what is learned or known of them."""
+    """Functions that reorder the channels of the input, and of parameters and statistics."""
     groups = order[:: C // GROUPS] // (C // GROUPS)
 
     def rename(tree):
@@ -332,7 +332,7 @@ def by_channel(order):
 
 
 def scaling_the_input_is_scaling_epsilon(case):
-    """By a power of two not a bit of the output changes."""
+    """A power of two changes no bit of the output."""
     name = "batch_epsilon" if "estimate" in case.layer.options else "epsilon"
     scaled = case.of(case.layer.made_with(**{name: 4**2 * EPSILON}))
     assert_identical(observe(in_units(scaled, 4)), seen_in_units(observe(case), 4))
@@ -368,12 +368,12 @@ def a_constant_comes_out_as_the_bias(case):
 
 
 def in_units(case, a, b=0.0):
-    """With `a * x + b` in the place of `x`."""
+    """The case with `a * x + b` in place of `x`, and its statistics in the same units."""
     return case.starting(batch_stats=convert(case.statistics, a, b))._replace(x=a * case.x + b)
 
 
 def seen_in_units(seen, a, b=0.0):
-    """With the output that it had."""
+    """The results with statistics and input gradient in the units of `a * x + b`."""
     statistics, input_gradient = convert(seen.statistics, a, b), seen.input_gradient / a
     return seen._replace(statistics=statistics, input_gradient=input_gradient)
 
@@ -383,12 +383,12 @@ def convert(statistics, a, b):
 
 
 def first(tree):
-    """Of parameters or statistics, those of the norm that sees the input."""
+    """The parameters or statistics of the norm that sees the input."""
     return tree.get("batch_norm", tree)
 
 
 def change(tree, **functions):
-    """Parameters or statistics, some of the first norm's changed."""
+    """Parameters or statistics with some of the first norm's changed."""
     changed = {name: functions.get(name, lambda v: v)(value) for name, value in first(tree).items()}
     return {**tree, "batch_norm": changed} if "batch_norm" in tree else changed
 
@@ -397,10 +397,10 @@ def change(tree, **functions):
 
 
 def constants_far_from_0_leave_all_finite(case):
-    """Where rounding could make a variance negative, by more than epsilon."""
+    """Rounding could make the variance negative here, by more than epsilon."""
     far = 1e25 * np.random.default_rng(0).uniform(1, 10, C)
-    # The mean of three equals is rounded where a product with an inverse takes the place of a
-    # division, as in programs that are compiled as they usually are.
+    # The usual compilation replaces a division by a product with the inverse, which rounds the mean
+    # of three equal values.
     dy = case.dy.swapaxes(1, 2)
     layer, *args = case._replace(x=np.broadcast_to(far, dy.shape), dy=dy)
     usually = {"xla_backend_optimization_level": 3}
@@ -408,7 +408,7 @@ def constants_far_from_0_leave_all_finite(case):
 
 
 def values_whose_squares_overflow_come_out_as_the_bias(case):
-    """The variance is infinite then; in float64 as well, if they are large enough."""
+    """Their variance is infinite; in float64 too, if they are large enough."""
     huge = 1e160 * np.random.default_rng(0).normal(size=SHAPE)
     seen, bias = observe(case._replace(x=huge)), case.variables["params"]["bias"]
     assert_same(seen.output, np.broadcast_to(np.repeat(bias, C // len(bias)), SHAPE))
@@ -429,7 +429,7 @@ def what_a_mask_hides_might_as_well_not_be_there(case):
 
 
 def what_a_mask_hides_may_be_huge_and_has_no_gradient(case):
-    """Its own output apart; and it takes no digits from what counts."""
+    """Only its own output changes, and the values that count lose no digits."""
     case = some_hidden(case)
     mask = case.mask
     case = case._replace(dy=np.where(mask, case.dy, 0))
@@ -445,7 +445,7 @@ def the_unbiased_variance_counts_what_a_mask_leaves(case):
 
 
 def what_a_mask_hides_is_normalized_all_the_same(case):
-    """As an equal that counts."""
+    """A masked value gets the output of an equal value that counts."""
     mask, x = np.ones(SHAPE, bool), case.x.copy()
     mask[:, 0, 0], x[:, 0, 0] = False, x[:, 1, 1]
     output = observe(case._replace(x=x, mask=mask)).output
@@ -474,14 +474,14 @@ def a_batch_twice_over_counts_as_one(case):
 
 
 def hiding(case, samples):
-    """With NaN in some samples, behind a mask; their output does not matter."""
+    """The case with NaN in some masked samples, whose output does not matter."""
     mask, x, dy = np.ones(SHAPE, bool), case.x.copy(), case.dy.copy()
     mask[samples], x[samples], dy[samples] = False, np.nan, 0
     return case._replace(x=x, dy=dy, mask=mask)
 
 
 def some_hidden(case):
-    """With a mask that hides more of some samples and channels than of others."""
+    """The case with a mask that hides more of some samples and channels than of others."""
     return case._replace(mask=np.random.default_rng(0).random(SHAPE) < 0.7)
 
 
@@ -517,9 +517,9 @@ def evaluation_moves_no_estimates(case):
 
 
 def evaluation_may_move_the_estimates_as_training_does(case):
-    told = case.layer.called_with(use_running_average=True, update_stats=True)
+    updating = case.layer.called_with(use_running_average=True, update_stats=True)
     expected = observe(evaluating(case)).output, observe(case).statistics
-    assert_same(output_and_statistics(case.of(told)), expected)
+    assert_same(output_and_statistics(case.of(updating)), expected)
 
 
 def training_by_estimates_is_evaluation_by_those_that_it_leaves(case):
@@ -540,7 +540,7 @@ def frozen_it_trains_by_the_batch(case):
 
 
 def a_channel_that_is_not_finite_keeps_its_estimates(case):
-    """It alone; and the output does not hide it."""
+    """All other channels move, and the output shows the bad value."""
     clean, channel = observe(case).statistics, 3
     expected = jax.tree.map(np.copy, clean)
     for after, before in zip(*map(jax.tree.leaves, (expected, case.statistics)), strict=True):
@@ -554,7 +554,7 @@ def a_channel_that_is_not_finite_keeps_its_estimates(case):
 
 
 def a_value_that_is_not_finite_is_the_only_one(case):
-    """Wherever it lies: here at another place in each sample."""
+    """The bad value lies at another place in each sample."""
     x = case.x.copy()
     bad = np.arange(N), np.arange(N) % 3, np.arange(N) // 3 % 2, 3
     x[bad] = np.nan
@@ -611,7 +611,7 @@ def a_channel_norm_follows_a_batch_norm(case):
 
 
 def under_a_mask_too_a_channel_norm_follows_a_batch_norm(case):
-    """Which counts what it counts, more of some channels than of others."""
+    """Both count the same values, more of some channels than of others."""
     a_channel_norm_follows_a_batch_norm(some_hidden(case))
 
 
@@ -631,7 +631,7 @@ def part_of(case, part, name):
 
 
 def an_nnx_layer_is_linens(case):
-    """To the last bit."""
+    """Their results are equal to the last bit."""
     assert_identical(observe(case), observe(case.of(in_linen(case.layer))))
 
 
@@ -649,7 +649,7 @@ def over_devices_too_an_nnx_layer_is_linens(case):
 
 
 def in_linen(layer):
-    """Linen's layer of this name, which tells the number of input features from the input."""
+    """Linen's layer of this name, which infers the number of input features from the input."""
     options = {k: v for k, v in layer.options.items() if k not in ("num_features", "in_features")}
     if "out_features" in options:
         options["features"] = options.pop("out_features")
@@ -661,7 +661,7 @@ def in_linen(layer):
 
 
 def half_precision_is_widened_first_and_rounded_last(case):
-    """To the last bit, operation by operation."""
+    """The results are equal to the last bit, operation by operation."""
     layer, variables, x, *_ = in_float32(case)
     for half in (ml_dtypes.bfloat16, np.float16):
         narrow = x.astype(half)
@@ -681,7 +681,7 @@ def gradients_in_half_precision_are_rounded_once(case):
 
 
 def weights_are_standardized_before_they_are_rounded(case):
-    """Far from 0 there would be nothing left of them to standardize."""
+    """Rounded first, weights far from 0 would keep no digits to standardize."""
     narrow = in_float32(case)
     narrow = narrow.of(narrow.layer.made_with(dtype=jnp.bfloat16))
     y, _ = output_and_statistics(narrow)
@@ -724,14 +724,14 @@ def constant_weights_leave_the_bias(case):
 
 
 def constant_weights_leave_all_finite(case):
-    """Where epsilon is added to the deviation, whose derivative at 0 is infinite, too."""
+    """This includes epsilon added to the deviation, whose derivative at 0 is infinite."""
     how = Standardization(epsilon_role="added_to_deviation")
     case = case.of(case.layer.made_with(standardization=how))
     assert_finite(observe(with_kernel(case, np.ones_like)))
 
 
 def scaling_the_weights_is_scaling_epsilon(case):
-    """By a power of two not a bit of the output changes."""
+    """A power of two changes no bit of the output."""
     how = Standardization(epsilon=4**2 * Standardization().epsilon)
     scaled = case.of(case.layer.made_with(standardization=how))
     seen = observe(with_kernel(scaled, lambda kernel: 4 * kernel))
@@ -761,7 +761,7 @@ def out_axis(case):
 # --- Derivatives ----------------------------------------------------------------------------------
 
 STEP = 1e-5
-# A central difference is off by the square of its step, and by the roundings of float64 over it.
+# The error of a central difference is the square of its step, plus float64 roundings over the step.
 SLOPE_ULPS = 1e-5 / np.finfo(np.float64).eps
 
 
@@ -843,15 +843,15 @@ def devices_are_pooled(case):
 
 
 def devices_weigh_by_what_counts_there(case):
-    """2, 2, 1 and 0 samples on the 4 devices."""
+    """The 4 devices have 2, 2, 1 and 0 samples that count."""
     devices_are_pooled(hiding(case, slice(5, N)))
 
 
 def groups_of_devices_pool_among_themselves(case):
-    # In the unbiased variance the size of the batch counts too.
+    # The unbiased variance depends on the size of the batch too.
     case = case.of(case.layer.made_with(running_variance="unbiased"))
     in_groups = case.layer.made_with(axis_index_groups=((0, 1), (2, 3)))
-    # What groups compute is neither one for all nor one for each.
+    # Statistics of groups are neither replicated over all devices nor different on each.
     seen = output_and_statistics(case.of(over_devices(in_groups, check_vma=False)))
     halves = (output_and_statistics(case.part(half)) for half in HALVES)
     outputs, statistics = zip(*halves, strict=True)
@@ -863,7 +863,7 @@ def mesh():
 
 
 def over_vmap(layer, axis=0):
-    """The batch in parts, along an axis of `vmap`; statistics come out once for each."""
+    """The layer on parts of the batch along an axis of `vmap`; returns statistics per part."""
     layer = layer.made_with(axis_name=AXIS)
 
     def part(a):
@@ -878,7 +878,7 @@ def over_vmap(layer, axis=0):
 
 
 def over_devices(layer, **options):
-    """The batch in parts, each on its device; statistics come out once for each."""
+    """The layer on parts of the batch, one per device; returns statistics per device."""
     layer = layer.made_with(axis_name=AXIS)
 
     def forward(variables, x, mask):
@@ -894,7 +894,7 @@ def by_each_part(seen):
 
 
 def for_each_part(*statistics):
-    """In parts that follow each other they are the same."""
+    """Statistics repeated for each of the consecutive parts that share them."""
     return jax.tree.map(lambda *s: np.repeat(s, DEVICES // len(s), axis=0), *statistics)
 
 
@@ -905,8 +905,8 @@ def only(*names):
     return {name: LAYERS[name] for name in names}
 
 
-# What compiles programs of its own goes with few: the batch norms are inside of the batch-channel
-# norms, and of these two show all that differs.
+# Laws that compile programs of their own run with few layers: batch-channel norms contain the batch
+# norms, and two of them cover all differences.
 SOME = {**BY_THE_BATCH, **only("BatchChannelNorm")}
 TWO = only("BatchChannelNorm", "BatchChannelNorm of the batch")
 
@@ -988,7 +988,7 @@ def check(law, layer, seed=0):
         law(case_of(layer, seed))
 
 
-# By layer, whose programs are compiled once where its laws follow each other.
+# Ordered by layer, so that consecutive laws share its compiled programs.
 LAWS = {
     f"{name}: {law.__name__.replace('_', ' ')}": partial(check, law, layer)
     for name, layer in LAYERS.items()

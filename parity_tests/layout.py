@@ -1,4 +1,4 @@
-"""Where the axes lie, known here alone: channels last in Flax, channels first in PyTorch.
+"""The order of the axes: channels last in Flax, channels first in PyTorch.
 
 The layout of kernels is the business of `bcn_flax.interop`, which is under test as well.
 """

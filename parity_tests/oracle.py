@@ -1,4 +1,4 @@
-"""The layers once more, in float64 NumPy: plain, slow, and independent of both sides.
+"""The layers in float64 NumPy: plain, slow, and independent of Flax and PyTorch.
 
 Channels last. Forward as the paper states it, stage by stage with two-pass variances; backward
 derived by hand for a standardized block `h = (x - mean) / sqrt(var + eps)` of N values:
@@ -34,7 +34,7 @@ def standardize_backward(dh, h, std, axes, ddof=0):
 
 @dataclass
 class BatchNorm:
-    """By the batch, by the running estimates after their update, or in evaluation as they are."""
+    """Normalizes by the batch, by the updated running estimates, or by the stored ones."""
 
     PARAMETERS = ("scale", "bias")
     STATISTICS = ("mean", "var")
@@ -61,7 +61,7 @@ class BatchNorm:
         return self.scale * self.h + self.bias
 
     def _variance(self, x):
-        """Of each channel, the one that enters the running estimate."""
+        """The variance of each channel that enters the running estimate."""
         around = self.mean if self.running_variance == "around_running_mean" else x.mean(self.axes)
         size = x.size // x.shape[-1]
         freedom = max(size - 1, 1) if self.running_variance == "unbiased" else size
@@ -116,7 +116,7 @@ class ChannelNorm:
 
 
 class BatchChannelNorm:
-    """One after the other."""
+    """A batch norm, then a channel norm."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class Window:
         return zip(lengths, self.shape, self.strides, strict=True)
 
     def same(self, space):
-        """The padding that makes for one step in each stride; the odd one comes last."""
+        """The padding of "SAME": one step per stride; an odd remainder goes last."""
         missing = [max((n - 1) // s * s + k - n, 0) for n, k, s in self._axes(space)]
         return [(m // 2, m - m // 2) for m in missing]
 
@@ -252,7 +252,7 @@ class Window:
         return [(n - k) // s + 1 for n, k, s in self._axes(space)]
 
     def reach(self, steps):
-        """How much space that many steps take, the last one as much as the others."""
+        """How much space that many steps cover, with the last one as long as the others."""
         return [(n - 1) * s + max(k, s) for n, k, s in self._axes(steps)]
 
     def places(self, steps):

@@ -1,4 +1,4 @@
-"""What each published code computes, by name: restated in float64 NumPy in its own form."""
+"""What each published code computes, by name, restated in float64 NumPy in its own form."""
 
 import numpy as np
 
@@ -76,7 +76,7 @@ WEIGHT_STANDARDIZATION = {
     )
 }
 
-# From weights with a spread that no eps touches to such as are nothing beside it.
+# Standard deviations of the weights: from far above every eps to far below.
 SPREADS = (1.0, 0.1, 3e-3, 1e-3, 1e-4, 1e-5)
 
 
@@ -151,7 +151,7 @@ class AuthorsReadme:
 
 
 class AuthorsReadmeWithARate(AuthorsReadme):
-    """With the buffer set, as whoever trains with it must."""
+    """The buffer is set here, as everyone who trains with this code must do."""
 
     moving_speed = 0.2
 

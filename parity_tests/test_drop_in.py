@@ -16,7 +16,7 @@ from bcn_flax import BatchChannelNorm, BatchNorm, EstimatedBatchNorm, WSConv
 
 
 class ResidualBlock(nn.Module):
-    """As in Flax's ImageNet example: the last scale starts at zero, so the block as identity."""
+    """As in Flax's ImageNet example: the last scale starts at 0, so the block is the identity."""
 
     filters: int
     norm: Callable[..., Any]
@@ -37,7 +37,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Written for `nn.BatchNorm` and `nn.Conv`; only these two classes ever change."""
+    """Written for `nn.BatchNorm` and `nn.Conv`; only these two classes change."""
 
     make_norm: Callable[..., Any] = nn.BatchNorm
     make_conv: Callable[..., Any] = nn.Conv
@@ -66,14 +66,14 @@ class ResNet(nn.Module):
 
 
 def images(batch_size):
-    """A few of random pixels."""
+    """A batch of random images."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(batch_size, 8, 8, 3)), jnp.float32)
     return [(x, jnp.asarray(rng.integers(0, 10, batch_size)))]
 
 
 def train(model, batches, steps=12):
-    """Fit the batches, one after the other; the losses and the final variables."""
+    """Train on the batches in turn; return losses, final variables, and an evaluation."""
     key = jax.random.key(0, impl="rbg")  # initializers compile several times as fast
     variables = jax.jit(model.init)(key, batches[0][0])
     optimizer = optax.sgd(0.05, momentum=0.9)

@@ -1,4 +1,4 @@
-"""When the estimates move is said apart from what normalizes, and nothing bad ever moves them."""
+"""Updating and freezing running estimates, which values that are not finite never change."""
 
 import itertools
 from functools import partial
@@ -45,7 +45,7 @@ def same(actual, expected):
 
 @every_layer
 class TestUpdating:
-    """Beyond the laws in `parity_tests.laws`."""
+    """Tests besides the laws in `parity_tests.laws`."""
 
     def test_frozen_it_needs_nothing_mutable(self, make):
         layer, variables = start(make, update_stats=False, use_running_average=False)
@@ -57,7 +57,7 @@ class TestUpdating:
         assert not same(run(layer, variables, update_stats=True)[1], variables)
 
     def test_a_channel_that_overflows_keeps_its_estimates(self, make):
-        """Alone, the others move: 3e38 is finite and overflows in its variance."""
+        """All others move: 3e38 is finite, but its square overflows."""
         layer, variables = start(make, use_running_average=False)
         after, clean = (
             run(layer, variables, x)[1]["batch_stats"] for x in (X.at[1, 2, 0, 3].set(3e38), X)
@@ -66,8 +66,8 @@ class TestUpdating:
         for actual, moved, before in zip(*leaves, strict=True):
             np.testing.assert_array_equal(actual, moved.at[3].set(before[3]))
 
-    def test_neither_does_the_type_they_are_stored_in_overflow(self, make):
-        """Moments that float32 holds and float16 does not; and a schedule gone wrong."""
+    def test_the_stored_type_does_not_overflow(self, make):
+        """Moments fit into float32 but not into float16; or a schedule returns NaN."""
         layer, variables = start(make, use_running_average=False)
         narrow = jax.tree.map(lambda s: s.astype(jnp.float16), variables)
         assert same(run(layer, narrow, 1000 * X)[1]["batch_stats"], narrow["batch_stats"])
@@ -78,7 +78,7 @@ class TestUpdating:
 
 
 def test_the_rate_of_micro_batches_keeps_the_weight_of_the_past():
-    """Equal batches: k updates at `momentum ** (1 / k)` are one at `momentum`."""
+    """For equal batches, k updates with `momentum ** (1 / k)` equal one with `momentum`."""
     k, momentum = 4, 0.7
     running, batch = (Moments(jnp.full((1, 1), v), jnp.full((1, 1), 2 * v)) for v in (1.0, 5.0))
     expected = moving_average(running, batch, momentum)

@@ -54,7 +54,7 @@ def test_everything_public_is_explained(package):
 
 @pytest.mark.torch
 def test_readme_runs_from_top_to_bottom():
-    """But for the excerpt of the source, which is no program."""
+    """Without the excerpt of the source, which is not a program."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     programs = [block for block in blocks if not block.startswith("f = batch_norm")]

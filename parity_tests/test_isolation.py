@@ -20,7 +20,7 @@ TRAINING = {"training"}  # what the training script is built on, extras included
 
 @cache
 def loaded_by(modules: str) -> set[str]:
-    """What is in memory after `import modules` in a new interpreter."""
+    """The modules loaded after `import modules` in a new interpreter."""
     program = f"import {modules}, sys; print(*sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT

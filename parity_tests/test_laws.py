@@ -1,4 +1,4 @@
-"""The laws that the algebra stands on hold for any shape, axis and data."""
+"""The laws of the algebra hold for any shape, axis and data."""
 
 from functools import partial
 from typing import NamedTuple
@@ -47,7 +47,7 @@ def space_of(x):
 
 
 class Expected(NamedTuple):
-    """What NumPy says."""
+    """Moments computed by NumPy."""
 
     mean_from_zero: np.ndarray
     var: np.ndarray
@@ -124,7 +124,7 @@ def test_pooled_groups_are_the_moments_of_the_pooled_values(x, groups):
 
 @given(activations(min_space=1), st.sampled_from([0, 1, -1]), seeds)
 def test_masked_moments_are_those_of_the_values_that_count(x, masked_axis, seed):
-    """Whatever the masked values are, and whichever axis the mask runs along."""
+    """Masked values may be anything, and the mask may vary along any axis."""
     rng = np.random.default_rng(seed)
     shape = [1] * x.ndim
     shape[masked_axis] = x.shape[masked_axis]
@@ -135,8 +135,8 @@ def test_masked_moments_are_those_of_the_values_that_count(x, masked_axis, seed)
         masked.var(space_of(x)).filled(0),
         mask.sum(space_of(x)),
     )
-    garbage = np.where(mask, x, np.nan)
-    m = moments(jnp.asarray(garbage), mask=jnp.asarray(mask))
+    hidden = np.where(mask, x, np.nan)
+    m = moments(jnp.asarray(hidden), mask=jnp.asarray(mask))
     assert_same_moments(m, expected)
     pooled = pool_batch(m)
     over = tuple(range(x.ndim - 1))
@@ -185,7 +185,7 @@ def test_the_origin_has_no_derivative_of_its_own(x):
 
 
 def test_the_clamp_leaves_the_derivatives_of_a_constant_channel():
-    """At variance 0 the second derivative is that of the variance, not of the clamp."""
+    """At variance 0, the second derivative is that of the variance, not of the clamp."""
     x = jnp.full((1, 5, 1), 7.0)
     hessian = jax.jit(jax.hessian(lambda v: moments(v).var.sum()))(x).reshape(5, 5)
     expected = 2 / 5 * (np.eye(5) - 1 / 5)
@@ -196,7 +196,7 @@ def test_the_clamp_leaves_the_derivatives_of_a_constant_channel():
     ("var", "clamped"), [(-1e-9, 0.0), (0.0, 0.0), (2.0, 2.0), (jnp.inf, jnp.inf)]
 )
 def test_a_variance_that_rounding_made_negative_is_0(var, clamped):
-    """A net for sums of very many terms, which may lose more than the origin's argument allows."""
+    """The clamp is for sums of very many terms, whose rounding errors may exceed the bound."""
     value, slope = jax.value_and_grad(affine._clamp_at_zero)(var)
     assert value == clamped
     assert slope == 1

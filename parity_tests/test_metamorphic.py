@@ -1,4 +1,4 @@
-"""The laws hold whatever the numbers, and the layers show what the oracle shows."""
+"""The laws hold for all numbers, and the layers compute what the oracle computes."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from parity_tests.laws import LAWS, Case, Seen, assert_same, observe, of_linen
 
 seeds = st.integers(0, 2**32 - 1)
 
-# Of these layers the laws that share one program, and another one under a mask.
+# Laws of these layers that share one program, and another one with a mask.
 QUICK = [
     f"{layer}: {law}"
     for layer in ("BatchChannelNorm", "BatchChannelNorm of the batch")
@@ -38,7 +38,7 @@ def test_laws_hold_for_all_numbers(name, seed):
     LAWS[name](seed=seed)
 
 
-# Each combination is compiled anew.
+# Each combination of these compiles a program.
 SHAPES = [((5, 6), 2), ((4, 3, 6), 3), ((2, 3, 2, 4), 2), ((1, 3, 2, 4), 1)]  # and groups
 MODES = {
     "by the batch": {"estimate": False, "use_running_average": False},
@@ -46,7 +46,7 @@ MODES = {
     "in evaluation": {"estimate": True, "use_running_average": True},
 }
 VARIANCES = ["biased", "unbiased", "around_running_mean"]
-# These are not.
+# These share programs.
 DATA = {
     "ordinary": lambda x: 2 + 3 * x,
     "far from 0": lambda x: 1e4 + x,
@@ -100,7 +100,7 @@ def test_dense_layers_with_standardized_weights_are_the_oracles():
 
 
 def assert_is_the_oracles(layer, reference, x, rng, train=True):
-    """But for rounding, which data at 1e4 deviations from 0 may magnify by its square."""
+    """Compare but for rounding, which data at 1e4 deviations from 0 magnify by the square of it."""
     with jax.enable_x64(True):
         shapes = jax.eval_shape(layer.start, x)
         variables = jax.tree.map(lambda v: rng.uniform(0.5, 1.5, v.shape), shapes)

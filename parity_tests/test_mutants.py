@@ -1,4 +1,4 @@
-"""The suite of checks catches every defect that is put in, and the putting in can be trusted."""
+"""The checks catch every mutant, and mutants are imported as they should be."""
 
 import ast
 import sys
@@ -24,7 +24,7 @@ def each(mutants):
 
 
 def checks_named(hint):
-    """Part of the suite, as it is where this is called."""
+    """The checks with this in their names, of the suite that is imported now."""
     checks = import_module("parity_tests.suite").checks()
     return {name: check for name, check in checks.items() if hint in name}
 
@@ -45,7 +45,7 @@ def test_an_equivalent_mutant_is_not_caught(mutant):
 
 @pytest.mark.mutants
 def test_without_a_mutant_nothing_is_caught():
-    """To import afresh is not what catches: shown by a check for each of the sources."""
+    """Importing the sources again fails no check: one for each source shows it."""
     hints = {mutant.file: mutant.hint for mutant in MUTANTS}.values()
 
     def tried_first():
@@ -86,7 +86,7 @@ def test_a_mutant_is_another_program_than_its_source():
     broken = []
     for mutant in ALL:
         if misfit(mutant):
-            continue  # which the test above tells
+            continue  # the test above fails
         try:
             if program(mutant.apply(source(mutant.file))) == program(source(mutant.file)):
                 broken.append(f"{mutant.name} is the same program as {mutant.file}.")
@@ -120,13 +120,13 @@ def test_a_mutant_that_no_check_imports_is_refused():
 
 
 def loaded():
-    """The modules that may be other ones where mutants are, and where imports look for them."""
+    """The modules that mutants replace, and the finders of imports."""
     ours = {name: sys.modules[name] for name in sys.modules if name.partition(".")[0] in PACKAGES}
     return ours, list(sys.meta_path)
 
 
 def after_one_batch():
-    """The running mean that a mean of 1 makes of 0, with the weight 0.9 for the old one."""
+    """The running mean after a batch of mean 1, from 0 and with a momentum of 0.9."""
     norms, affine = (import_module(f"bcn_flax.{name}") for name in ("norms", "affine"))
     zero, one = jnp.zeros((1, 1)), jnp.ones((1, 1))
     return norms.moving_average(affine.Moments(zero, one), affine.Moments(one, one), 0.9).mean
@@ -156,8 +156,8 @@ def test_nothing_stays_of_a_mutant_that_crashes():
     assert loaded() == before
 
 
-def test_annotations_are_not_checked_where_mutants_are():
-    """Here they are, by jaxtyping's import hook; they could catch what the checks should."""
+def test_annotations_are_not_checked_in_mutants():
+    """The import hook of jaxtyping checks them elsewhere; it must not stand in for the checks."""
     integers = jnp.ones((2, 3), int)
     with pytest.raises(TypeError, match="moments"):
         import_module("bcn_flax.affine").moments(integers)

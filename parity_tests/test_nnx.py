@@ -82,7 +82,7 @@ def bcn(ours, flax):
     return {"norm": partial(ours.BatchChannelNorm, num_groups=2)}
 
 
-# What is no 0 counts, and then multiplies.
+# Every value but 0 counts, and multiplies the weight.
 KERNEL_MASK = jnp.ones((3, 3, 4, 6)).at[1:, 1:].set(0).at[0, 0].set(0.5)
 NORMS = {
     "batch_norm": norm("BatchNorm", running_variance="unbiased"),
@@ -157,7 +157,7 @@ def output_shape(case):
 
 
 def random_variables(case, dtype):
-    """None of them at its initial value, all of them sane."""
+    """Random variables, between 0.5 and 1.5."""
     layer = case.linen(param_dtype=dtype, **case.arrays)
     x = jnp.ones(case.shape, dtype)
     shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, **case.mode(True)))
@@ -182,7 +182,7 @@ def as_linen(state):
 
 
 def fill(model, variables):
-    """Give an NNX module the variables of linen, and other arrays, all of them."""
+    """Set all variables and other arrays of an NNX module to those of linen."""
     values = {path[1:]: value for path, value in flatten_dict(variables).items()}
     state = nnx.to_flat_state(nnx.state(model))
     filled = [(path, values.pop(linen_path(path))) for path, _ in state]
@@ -193,7 +193,7 @@ def fill(model, variables):
 
 
 def train_linen(case, optimizer, dtype, variables, jit=jax.jit):
-    """After each step the output, the gradients and all variables; then the evaluation."""
+    """Train; return output, gradients and variables of each step, and the evaluation at the end."""
 
     def step(variables, state, arrays, x, dy, call):
         layer = make(**arrays)
@@ -280,14 +280,14 @@ SLOW = ("bfloat16", "adam", "tree")
 EAGER = ("float32", "sgd", "eager")
 
 
-# Of every class one, those with the most to them.
+# One of every class, with the most options.
 SLOW_CASES = ("bcn", "bcn_under_mask", "masked", "transpose_kernel")
 
 
 def combinations():
-    """Every case in one way, some in another; and one eagerly.
+    """Every case in one way, some in another, and one eagerly.
 
-    Of whole networks, which quick compilation rounds differently in both, with the slow tests.
+    Networks are slow tests, because quick compilation rounds them differently in linen and NNX.
     """
     ways = [(name, QUICK) for name in CASES]
     ways += [(name, SLOW) for name in SLOW_CASES]
@@ -305,7 +305,7 @@ def nnx_mode(graph, graph_updates):
 
 @cache
 def start_and_training(name, dtype, optimizer, way):
-    """Random variables of a case, and what linen's training makes of them."""
+    """The arguments of the training of a case, and its results in linen."""
     variables = random_variables(CASES[name], TYPES[dtype])
     training = OPTIMIZERS[optimizer], TYPES[dtype], variables
     return training, train_linen(CASES[name], *training, WAYS[way][0])
@@ -320,7 +320,7 @@ def test_ten_steps_are_linens_to_the_last_bit(name, dtype, optimizer, way):
 
 
 def to_nnx(case):
-    """Linen's layer, made an NNX module by the bridge, which wants linen's arguments."""
+    """The case with linen's layer as an NNX module, made by the bridge."""
 
     def make(rngs, **options):
         layer = nnx.bridge.ToNNX(case.linen(**options), rngs=rngs)
@@ -335,7 +335,7 @@ def to_nnx(case):
 
 
 def to_linen(case):
-    """NNX's layer, made a linen module by the bridge."""
+    """The case with NNX's layer as a linen module, made by the bridge."""
 
     def make(**options):
         layer, arguments = case.nnx.func, {**case.nnx.keywords, **options}

@@ -55,7 +55,7 @@ def data(seed=0):
 
 
 def arrays(module, *filters):
-    """The values of now, which later calls do not change."""
+    """Copies of the values, which later calls do not change."""
     return jax.tree.map(jnp.array, nnx.as_pure(nnx.state(module, *filters)))
 
 
@@ -68,7 +68,7 @@ def assert_identical(a, b):
 
 
 def evaluates(module):
-    """Whether a call leaves the statistics alone, and what it makes of a sample is its own."""
+    """Whether a call keeps the statistics, and the output of a sample depends on it alone."""
     module = nnx.clone(module)
     before = arrays(module)
     one, other = (module(data(seed).at[0].set(1.0))[0] for seed in (0, 1))
@@ -108,13 +108,13 @@ class TestSwitches:
         assert identical(arrays(evaluating), arrays(module))
 
     def test_of_one_kind_of_layer_only(self):
-        """The norm inside belongs to the layer around it, which hands the switch on."""
+        """The layer around a norm passes the switch on to it."""
         module = nnx.List([build(AVERAGING["bcn"]), build(AVERAGING["batch_norm"])])
         for graph in (True, False):
             view = nnx.view(module, only=BatchChannelNorm, use_running_average=True, graph=graph)
             assert [evaluates(layer) for layer in view] == [True, False]
 
-    def test_set_view_leaves_alone_what_it_is_not_told(self):
+    def test_set_view_keeps_what_is_not_given(self):
         layer = build(AVERAGING["bcn"], update_stats=False)
         layer.set_view(use_running_average=True)
         assert (layer.use_running_average, layer.update_stats) == (True, False)
@@ -142,7 +142,7 @@ class TestSwitches:
         np.testing.assert_array_equal(updating(data()), evaluation)
         assert not identical(arrays(layer), before)
 
-    def test_nobody_said_which(self):
+    def test_a_missing_flag_is_refused(self):
         layer = build(AVERAGING["bcn"], use_running_average=None)
         with pytest.raises(ValueError, match="BatchChannelNorm needs use_running_average"):
             layer(data())
@@ -194,7 +194,7 @@ def test_modules_made_alike_share_one_compiled_program(make):
 
 
 def test_groups_of_devices_may_be_lists():
-    """Which have no hash, and what a definition holds must have one."""
+    """A module's definition must have a hash, and lists have none."""
     as_lists, as_tuples = (
         build(AVERAGING["bcn"], axis_name="data", axis_index_groups=groups)
         for groups in ([[0, 1], [2, 3]], ((0, 1), (2, 3)))
@@ -266,7 +266,7 @@ def test_training_goes_on_from_an_orbax_checkpoint(tmp_path):
 
 @every_standardizing
 def test_an_optimizer_step_is_that_of_the_plain_layer_with_a_standardized_kernel(make):
-    """What is stored and trained is the raw kernel, with the gradient through the standardization.
+    """The raw kernel is stored and trained, with the gradient through the standardization.
 
     A layer that wrote the standardized kernel back would begin the step from another place.
     """
@@ -361,7 +361,7 @@ def test_metadata_and_partitioning_reach_the_variables():
 
 
 @every_standardizing
-def test_a_promotion_of_ones_own_sees_the_standardized_kernel(make):
+def test_a_custom_promotion_sees_the_standardized_kernel(make):
     seen = []
 
     def promote(values, **kwargs):

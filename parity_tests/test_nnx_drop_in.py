@@ -11,7 +11,7 @@ from bcn_flax.nnx import BatchChannelNorm, BatchNorm, EstimatedBatchNorm
 
 
 class Classifier(nnx.Module):
-    """Written for `nnx.BatchNorm`; only the class that `norm` names ever changes."""
+    """Written for `nnx.BatchNorm`; only the class `norm` changes."""
 
     def __init__(self, norm, *, rngs: nnx.Rngs):
         self.conv = nnx.Conv(1, 32, (3, 3), use_bias=False, rngs=rngs)

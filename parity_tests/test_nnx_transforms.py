@@ -1,6 +1,6 @@
-"""Every NNX transform gives what `nnx.jit` gives of the whole batch.
+"""Every NNX transform gives the results of `nnx.jit` on the whole batch.
 
-Which is what eager execution gives: that, and the transforms of JAX, are in `parity_tests.laws`.
+These are the results of eager execution: `parity_tests.laws` tests that, and JAX's transforms.
 """
 
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ MODES = {
 
 
 def parametrize(name, table, *quick):
-    """The quick ones always, the others among the slow tests."""
+    """A parameter with quick values, and others for the slow tests."""
     values = [
         pytest.param(value, id=key, marks=() if key in quick else pytest.mark.slow)
         for key, value in table.items()
@@ -145,7 +145,7 @@ def test_output_gradients_and_statistics_are_the_same(make, way, options, mode):
 
 @every_mode
 def test_copies_of_a_layer_stay_equal_to_the_last_bit_under_vmap(mode):
-    """All state, and not only the batch, split over the axis: one layer for each part."""
+    """The state is split over the axis like the batch: one layer for each part."""
     x, _ = batch()
     with nnx_mode(**mode):
         layers = nnx.vmap(
@@ -161,7 +161,7 @@ def test_copies_of_a_layer_stay_equal_to_the_last_bit_under_vmap(mode):
 
 
 def test_state_axes_share_the_parameters_and_keep_the_statistics_apart():
-    """Such axes are for graph mode alone: Flax refuses them elsewhere."""
+    """Flax allows such axes in graph mode only."""
     x, _ = batch()
     layer = build(LAYERS["bcn_batch"])
     apart = [build(LAYERS["bcn_batch"]) for _ in range(DEVICES)]

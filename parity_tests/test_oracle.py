@@ -1,4 +1,4 @@
-"""The gradients that the oracle derives by hand are those of its forward pass."""
+"""The oracle's gradients, derived by hand, are the derivatives of its forward pass."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from parity_tests import oracle
 from parity_tests.tolerances import assert_close
 
-# A layer, and the shapes of its input and of its parameters.
+# Layers, with the shapes of their inputs and parameters.
 CASES = {
     "batch_norm": (oracle.BatchNorm(estimate=False), (4, 3, 2, 6), (6,)),
     "evaluation": (oracle.BatchNorm(estimate=True), (4, 3, 2, 6), (6,)),

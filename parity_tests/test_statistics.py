@@ -1,6 +1,6 @@
-"""How estimates move, what type they have, and other promises of single layers.
+"""How estimates move, their types, and other properties of single layers.
 
-What holds of all layers is in `parity_tests.laws`.
+Properties of all layers are in `parity_tests.laws`.
 """
 
 from functools import partial
@@ -122,7 +122,7 @@ def test_group_size_is_another_way_to_say_num_groups():
 
 
 def test_numpy_input_is_taken_as_jax_would_take_it():
-    """In float64 too, which JAX makes float32 unless told otherwise."""
+    """This includes float64, which JAX makes float32 by default."""
     x = np.asarray(data(), np.float64)
     layer = BatchChannelNorm(num_groups=2, use_running_average=False)
     y, _ = layer.init_with_output(jax.random.key(0), x)
@@ -144,7 +144,7 @@ def test_exports_for_any_batch_and_image_size(evaluate):
     exported = export.export(forward)(variables, shape)
     for sizes in [(2, 5, 3), (4, 9, 8)]:
         x = data((*sizes, 4))
-        # Where the size is not known the pivot is the mean itself: a few roundings.
+        # For an unknown size the origin is the mean itself, which rounds differently.
         jax.tree.map(
             partial(assert_close, ulps=16, dtype=np.float32),
             exported.call(variables, x),
@@ -153,7 +153,7 @@ def test_exports_for_any_batch_and_image_size(evaluate):
 
 
 def test_one_export_serves_every_platform():
-    """Each has its own form of the passes over the input."""
+    """Each platform has its own form of the passes over the input."""
     layer = BatchChannelNorm(num_groups=2, use_running_average=False)
     _, variables = first_output(layer, data())
 

@@ -1,4 +1,4 @@
-"""The PyTorch layers work with what PyTorch users wrap around them."""
+"""The PyTorch layers work with checkpointing, compilation, copies, `torch.func` and autocast."""
 
 import copy
 import pickle
@@ -56,15 +56,15 @@ def assert_same(actual, expected):
 
 
 def assert_same_but_for_rounding(actual, expected):
-    """Compare what was added up in another order: 72 values, a channel of the two images of 6x6.
+    """Compare sums of 72 values, a channel of two images of 6x6, added in another order.
 
-    Each of them, no larger than the largest result, rounds once on its way in and once in the sum.
+    Each value, no larger than the largest result, is rounded once before and once in the sum.
     """
     flat_actual, flat_expected = tree_leaves(actual), tree_leaves(expected)
-    for value, judge in zip(flat_actual, flat_expected, strict=True):
-        size = 1 + judge.abs().max().item()
+    for value, wanted in zip(flat_actual, flat_expected, strict=True):
+        size = 1 + wanted.abs().max().item()
         atol = 2 * 72 * torch.finfo(torch.float64).eps * size
-        torch.testing.assert_close(value, judge, rtol=0, atol=atol)
+        torch.testing.assert_close(value, wanted, rtol=0, atol=atol)
 
 
 # Gradient checkpointing.
@@ -92,7 +92,7 @@ def test_with_frozen_statistics_gradient_checkpointing_changes_nothing_at_all(es
 def test_without_frozen_statistics_gradient_checkpointing_moves_them_twice(estimate):
     once, twice, model = (network(estimate) for _ in range(3))
     train(once, once, steps=1)
-    # No step of the optimizer between: the gradients alone run the segments again.
+    # The gradients run the segments again, without a step of the optimizer in between.
     x = images(seed=0).requires_grad_()
     forward = checkpointed(model, lambda: (nullcontext(), nullcontext()))
     torch.autograd.grad(forward(x).pow(3).sum(), x)
@@ -153,9 +153,9 @@ def test_vgg_compiles_into_one_graph():
 def test_a_copy_trains_on_like_the_original_and_shares_nothing_with_it(estimate, duplicate):
     model = network(estimate)
     model(images())
-    twin = duplicate(model)
+    copied = duplicate(model)
     expected = train(model, model)
-    assert_same(train(twin, twin), expected)
+    assert_same(train(copied, copied), expected)
 
 
 @estimate_or_batch

@@ -39,7 +39,7 @@ rand = partial(torch_layers.rand, dtype=torch.float32)
 
 
 def randomize(module: nn.Module, seed: int = 1) -> nn.Module:
-    """Give every parameter a value of its own, so that none can stand in for another."""
+    """Give every parameter its own value, so that exchanged parameters are noticed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -48,7 +48,7 @@ def randomize(module: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def tolerance(dtype: torch.dtype, size: float) -> dict[str, float]:
-    """A sum of a few dozen values and ten operations on numbers up to `size` round this much."""
+    """The rounding of a sum of a few dozen values and ten operations on numbers up to `size`."""
     return {"rtol": 0.0, "atol": 32 * torch.finfo(dtype).eps * (1 + size)}
 
 
@@ -114,11 +114,11 @@ def test_batch_channel_norm_follows_its_equations_through_training_and_evaluatio
         # The channel norm divides the errors of `middle` by the spread of a group, at least 0.3.
         size = abs(middle).max() / 0.3
         torch.testing.assert_close(y.double(), expected, **tolerance(dtype, size))
-        for stored, judge in zip(
+        for stored, exact in zip(
             (layer.batch_norm.exp_mean, layer.batch_norm.exp_var), running, strict=True
         ):
             torch.testing.assert_close(
-                stored.double(), torch.from_numpy(judge), **tolerance(dtype, abs(judge).max())
+                stored.double(), torch.from_numpy(exact), **tolerance(dtype, abs(exact).max())
             )
 
 
@@ -351,7 +351,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(make, trai
     names = [name for name, _ in layer.named_parameters()]
 
     def call(x, *parameters):
-        # Frozen, or else every call would move the estimates and be another function.
+        # Without freezing, every call would update the estimates and so change the function.
         with frozen_statistics(layer):
             return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), x)
 

@@ -1,4 +1,4 @@
-"""Which variance the PyTorch batch norms average, when they do, and what they do with a NaN."""
+"""Running estimates in PyTorch: which variance, when they are updated, and not by NaN."""
 
 import copy
 
@@ -32,15 +32,15 @@ def estimates(layer):
 
 
 def assert_rounding_apart(actual, expected):
-    """A few dozen values up to 20 were summed, and a handful of operations done."""
+    """Compare sums of a few dozen values up to 20, after a few operations."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e3 * torch.finfo(torch.float64).eps)
 
 
-# Which variance.
+# --- Which variance ---
 
 
 def entering(values, old_mean, running_variance):
-    """The variance of a channel's values, in words of the published codes."""
+    """The variance of a channel's values, as in the published codes."""
     n, mean = values.size, values.mean()
     if running_variance == "around_running_mean":
         return sum((values - old_mean) ** 2) / n
@@ -108,7 +108,7 @@ def test_the_batch_norm_inside_can_have_an_eps_of_its_own():
     assert (layer.batch_norm.eps, layer.channel_norm.eps) == (1e-2, 1e-2)
 
 
-# When.
+# --- When they are updated ---
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -151,7 +151,7 @@ def test_training_without_updates_normalizes_as_each_norm_does(make):
     assert torch.equal(layer(x), fresh(x))
 
 
-def test_the_two_stage_norm_has_no_second_opinion_of_when_to_update():
+def test_batch_channel_norm_shares_update_stats_with_its_batch_norm():
     layer = BatchChannelNorm(C, 2, update_stats=True)
     assert layer.batch_norm.update_stats is layer.update_stats is True
     layer.update_stats = False
@@ -161,7 +161,7 @@ def test_the_two_stage_norm_has_no_second_opinion_of_when_to_update():
 
 
 @pytest.mark.parametrize("update_stats", [None, False, True])
-def test_frozen_statistics_brings_back_whatever_was_asked_for(update_stats):
+def test_frozen_statistics_restores_update_stats(update_stats):
     layer = BatchChannelNorm(C, 2, update_stats=update_stats).eval()
     before = estimates(layer)
     with frozen_statistics(layer):
@@ -182,7 +182,7 @@ def test_k_equal_micro_batches_at_the_adjusted_momentum_move_the_estimates_as_on
     assert_rounding_apart(estimates(often), estimates(once))
 
 
-# What is not finite.
+# --- Values that are not finite ---
 
 BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "overflow": 1e200}
 
@@ -197,10 +197,10 @@ def test_only_the_channel_that_is_not_finite_keeps_its_old_estimates(make, runni
     for each in layers:
         each(x)
     before = estimates(layer)
-    spoilt = rand(3, C, 5, seed=1)
-    reference(spoilt)
-    spoilt[1, 2, 3] = bad
-    layer(spoilt)
+    later = rand(3, C, 5, seed=1)
+    reference(later)
+    later[1, 2, 3] = bad
+    layer(later)
     others = torch.tensor([0, 1, 3])
     for now, old, clean in zip(estimates(layer), before, estimates(reference), strict=True):
         assert now[2] == old[2]
@@ -229,7 +229,7 @@ def test_after_a_batch_of_nan_all_is_exactly_as_if_it_had_never_been(make):
 
 @pytest.mark.parametrize("estimate", [True, False])
 def test_compiled_a_nan_stays_out_and_update_stats_is_obeyed(estimate):
-    """Of batch-channel norms, which have the others inside."""
+    """Batch-channel norms contain the other norms."""
     torch._dynamo.reset()
     layers = [BatchChannelNorm(C, 2, estimate=estimate).double() for _ in range(2)]
     compiled = torch.compile(layers[0], fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""What transforms of JAX and of linen must keep, besides the laws in `parity_tests.laws`."""
+"""Transforms of JAX and linen, besides the laws in `parity_tests.laws`."""
 
 from functools import partial
 
@@ -49,7 +49,7 @@ def test_scan_over_layers_keeps_the_statistics_of_each(x64):
 
 
 def test_statistics_keep_their_type_through_a_loop(x64):
-    """So that they can be carried: float64 input does not turn float32 statistics into float64."""
+    """A loop can carry them: float64 input does not make float32 statistics float64."""
     layer = BatchChannelNorm(num_groups=2, use_running_average=False)
 
     def train(x):
@@ -70,8 +70,8 @@ def devices():
 
 
 @pytest.mark.parametrize("evaluate", [True, False])
-def test_gradients_add_up_over_devices_whichever_of_the_inputs_differ_there(evaluate, x64):
-    """Inside of `shard_map`: the same parameters for several inputs, or the other way round."""
+def test_gradients_add_up_over_devices(evaluate, x64):
+    """In `shard_map`, with the same parameters for several inputs, or the reverse."""
     layer = BatchChannelNorm(num_groups=2, param_dtype=jnp.float64)
     rng = np.random.default_rng(0)
     x = jnp.asarray(batch())
@@ -142,7 +142,7 @@ def test_nothing_needs_to_be_compiled_whole(x64):
     "shape", [(12, 44), (9, 36), (6, 6, 22), (5,), (9,), (4, 4), (100,), (7, 3)]
 )
 def test_the_origin_is_the_mean_of_one_value_in_64_or_more(shape):
-    """So it lies within `sqrt(63)` standard deviations of the mean, whatever the values are."""
+    """So it lies within `sqrt(63)` standard deviations of the mean, for any values."""
     space = range(1, len(shape) + 1)
     seen = affine._coarse_grid(jnp.ones((1, *shape, 1)), space).shape[1:-1]
     assert np.prod(shape) <= 64 * np.prod(seen)

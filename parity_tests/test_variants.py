@@ -106,7 +106,7 @@ class Nnx:
 
 
 class Torch:
-    """The same in PyTorch, whose words for the arguments are others."""
+    """The same in PyTorch, with its own names of the arguments."""
 
     def __init__(self, params, **arguments):
         self.layer = bcn_torch.BatchChannelNorm(C, G, **in_torchs_words(arguments)).double()

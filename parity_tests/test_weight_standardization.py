@@ -1,4 +1,4 @@
-"""Weight standardization: the definition, its layers, and what they leave alone."""
+"""Weight standardization: its definition, its layers, and which parameters stay as they are."""
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def input_of(layer):
 
 @pytest.mark.parametrize(("layer", "plain"), LAYERS, ids=lambda layer: type(layer).__name__)
 def test_layers_are_flaxs_with_a_standardized_kernel(layer, plain):
-    """Same parameters; bit for bit what the plain layer gives with the standardized kernel."""
+    """The parameters and, bit for bit, the output of the plain layer with a standardized kernel."""
     x = input_of(layer)
     variables, raw = (jax.jit(model.init)(jax.random.key(0), x) for model in (layer, plain))
     jax.tree.map(np.testing.assert_array_equal, variables, raw)
@@ -115,7 +115,7 @@ def test_a_kernel_mask_still_masks():
 
 
 def test_bfloat16_standardizes_in_float32_before_the_cast():
-    """With a mean 500 times the deviation, bfloat16 weights would keep nothing of it."""
+    """With a mean of 500 deviations, bfloat16 weights would lose the deviations."""
     layer = WSDense(6, dtype=jnp.bfloat16, use_bias=False)
     x = jnp.eye(64, dtype=jnp.bfloat16)
     kernel = kernel_of((64, 6), mean=100.0)

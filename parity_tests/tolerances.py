@@ -1,4 +1,4 @@
-"""How numbers are compared where a test has its own reason for how far they may be apart."""
+"""How a test compares numbers within a tolerance of its own."""
 
 import numpy as np
 
@@ -11,8 +11,8 @@ def assert_close(
     """`actual` and `expected` differ by at most `ulps` roundings of `dtype` at `scale`.
 
     `scale` is the size of the terms that were summed to get there, by default the largest expected
-    value: a sum that cancels cannot be more precise than its terms. Where the actual value was
-    `stored` in a narrower type in the end, it may differ by that one rounding too. Both must be
+    value: a sum that cancels cannot be more precise than its terms. If the actual value was
+    `stored` in a narrower type at the end, it may differ by that one rounding, too. Both must be
     non-finite at the same places, in the same way.
     """
     actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
@@ -23,7 +23,7 @@ def assert_close(
         return
     if scale is None:
         scale = max(np.abs(expected[finite]).max(), np.finfo(np.float64).tiny)
-    assert np.isfinite(actual[finite]).all(), f"{name}: not finite where the other side is"
+    assert np.isfinite(actual[finite]).all(), f"{name}: not finite, but the expected value is"
     error = np.zeros(actual.shape)
     last_rounding = eps(stored) / 2 * np.abs(expected[finite]) if stored else 0
     difference = np.maximum(np.abs(actual[finite] - expected[finite]) - last_rounding, 0)

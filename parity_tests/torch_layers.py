@@ -17,7 +17,7 @@ _WORDS = {
 
 
 def layer(name: str, shape: tuple[int, ...], options: Mapping[str, Any]) -> torch.nn.Module:
-    """The layer of this name in `bcn_torch`, its arguments given in Flax's words.
+    """The layer of this name in `bcn_torch`, from Flax's arguments.
 
     Args:
         name: Flax's.
@@ -66,7 +66,7 @@ HALF_PRECISION = {
 
 
 class Kept(torch.nn.Module):
-    """A layer that is given the first samples only, with the channels last in memory."""
+    """A layer that gets the first samples only, with channels last in memory."""
 
     def __init__(self, layer: torch.nn.Module, kept: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """A mutant, and what catches it.
 
-`catch` imports both packages afresh with one edit, in memory, and runs the checks of
+`catch` imports both packages again with one edit, in memory, and runs the checks of
 `parity_tests.suite` until one of them fails.
 """
 
@@ -49,7 +49,7 @@ class Mutant(NamedTuple):
 
     @property
     def side(self) -> str:
-        """Which side of the comparison it breaks."""
+        """Which of "Flax", "PyTorch" and "interop" it breaks."""
         if "/interop/" in self.file:
             return "interop"
         return "PyTorch" if self.file.startswith("bcn_torch/") else "Flax"
@@ -70,7 +70,7 @@ class Mutant(NamedTuple):
 
 
 class Caught(NamedTuple):
-    """Which check failed first, None if none did, and what it said."""
+    """The check that failed first, or None, and its message."""
 
     check: str | None
     message: str
@@ -82,7 +82,7 @@ def catch(mutant: Mutant | None, checks_of: Callable[[], Checks] | None = None) 
 
     Args:
         mutant: None is the control, which nothing should catch.
-        checks_of: gives the checks, called where imports find the mutant; by default those of
+        checks_of: returns the checks, called while imports find the mutant; by default those of
             `parity_tests.suite`.
     """
     start = time.perf_counter()
@@ -102,11 +102,11 @@ def catch(mutant: Mutant | None, checks_of: Callable[[], Checks] | None = None) 
 
 @contextmanager
 def imported_afresh(mutant: Mutant | None) -> Iterator[None]:
-    """Import both packages and their tests anew, with the mutant; put the old ones back in the end.
+    """Import both packages and their tests again, with the mutant; restore the old ones at the end.
 
-    Of the mutant nothing is written, neither source nor bytecode. What JAX and Flax remember, they
-    remember of functions and classes, and these are new as well. Other import hooks are passed by:
-    the annotations that jaxtyping's checks must not catch what the checks of the suite let through.
+    Nothing of the mutant is written, neither source nor bytecode. JAX and Flax cache by functions
+    and classes, and these are new as well. Other import hooks are bypassed: jaxtyping's checks of
+    annotations must not catch what the suite misses.
     """
     originals = _forget()
     finder = _Finder(mutant)
@@ -133,7 +133,7 @@ class _Loader(SourceFileLoader):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the packages' modules where Python finds them, all but one to load as they are."""
+    """Finds the packages' modules, and loads one of them with its mutant."""
 
     def __init__(self, mutant: Mutant | None) -> None:
         self.mutant = mutant
@@ -158,6 +158,6 @@ def _suite() -> Checks:
 
 
 def _shortened(error: Exception) -> str:
-    """The beginning of what a check said; a crash is no comparison, and says which error it was."""
+    """The beginning of an error's message, with its type unless it is a failed comparison."""
     kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
     return shorten(f"{kind}{error}", width=200, placeholder=" ...")

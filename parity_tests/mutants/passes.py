@@ -35,7 +35,7 @@ MUTANTS = (
         PASSES,
         "        d = widen(x) - o\n",
         "        d = jax.lax.stop_gradient(widen(x) - o)\n",
-        "The derivative of `x - origin` goes to nobody: the first derivatives have a rule of "
+        "The derivative of `x - origin` is lost: the first derivatives have a rule of "
         "their own, and the second are wrong.",
         hint="curvatures are slopes",
     ),
