@@ -46,10 +46,6 @@ from bcn_flax.parity.comparison import assert_parity, compare
 from bcn_flax.parity.errors import Accuracy, Row, Tolerance
 from bcn_flax.parity.judging import ORACLE, Oracle
 from bcn_flax.parity.protocol import (
-    AXES,
-    CHANNELS,
-    SAME,
-    AxisOrder,
     Implementation,
     Name,
     Observation,
@@ -59,6 +55,7 @@ from bcn_flax.parity.protocol import (
     sgd,
 )
 from bcn_flax.parity.report import Comparison
+from bcn_flax.parity.torch_side import AXES, CHANNELS, SAME, AxisOrder
 
 __all__ = [
     "AXES",

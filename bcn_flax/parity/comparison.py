@@ -12,12 +12,13 @@ from bcn_flax.interop import Names, Rules
 from bcn_flax.interop.layers import Transposed
 from bcn_flax.parity import judging
 from bcn_flax.parity.diagnosis import different_settings, explanations
-from bcn_flax.parity.errors import Row, Tolerance
+from bcn_flax.parity.errors import Tolerance
 from bcn_flax.parity.flax_side import Call, Module
 from bcn_flax.parity.judging import Inputs, Oracle
-from bcn_flax.parity.pair import ModulePair, Probe, Weights, module_pair
-from bcn_flax.parity.protocol import AXES, Axes, Optimizer, module_name, sgd, to_float64
+from bcn_flax.parity.pair import Probe, Weights, module_pair
+from bcn_flax.parity.protocol import Optimizer, module_name, sgd
 from bcn_flax.parity.report import Comparison
+from bcn_flax.parity.torch_side import AXES, Axes
 
 _SHOWN = 4  # names
 _DETERMINISTIC = (
@@ -162,11 +163,10 @@ def compare(
             compare_wide=not (native.flax.wide or oracle or narrowing),
         )
         rows += judging.compare_phases(plan, native, made, errors, tolerances, rng)
-        _require_matches(tolerances, rows)
-    hints = list(different_settings(wide, probe))
+    hints = list(different_settings(probe))
     if not all(row.passed for row in rows):
-        hints = explanations(wide, to_float64(first), probe, hints, rows)
-    notes = _notes(torch_module, native, weights, narrowing)
+        hints = explanations(wide, probe, hints, rows)
+    notes = _notes(torch_module, probe, weights, narrowing)
     return Comparison(tuple(rows), native.match, tuple(notes), tuple(hints))
 
 
@@ -179,14 +179,6 @@ def _require_reasons(tolerances: Sequence[Tolerance]) -> None:
             raise ValueError(
                 f"A wider tolerance needs a reason, which the report prints, but: {tolerance}."
             )
-
-
-def _require_matches(tolerances: Sequence[Tolerance], rows: Sequence[Row]) -> None:
-    """Refuse a tolerance that matches no array: its pattern must be misspelled."""
-    for tolerance in tolerances:
-        if not any(tolerance.matches(row.name) for row in rows):
-            names = sorted({str(row.name) for row in rows})
-            raise ValueError(f"{tolerance} matches none of the arrays compared: {names}.")
 
 
 def _refuse_dropout(torch_module: Any) -> None:
@@ -203,12 +195,13 @@ def _refuse_dropout(torch_module: Any) -> None:
 
 
 def _refuse_random_numbers(probe: Probe) -> None:
-    if any(calls.torch.random for calls in probe):
+    if any(calls.torch.random for calls in probe.calls.values()):
         raise ValueError(
             f"{_DETERMINISTIC} PyTorch's module draws random numbers. Switch that off for the "
             "comparison, on both sides."
         )
-    if paths := probe.training.flax.random or probe.evaluation.flax.random:
+    paths = dict.fromkeys(p for calls in probe.calls.values() for p in calls.flax.random)
+    if paths:
         names = ", ".join(map(module_name, paths))
         raise ValueError(
             f"{_DETERMINISTIC} Flax's module has dropout in {names}. Set the rate to 0 there, and "
@@ -218,9 +211,9 @@ def _refuse_random_numbers(probe: Probe) -> None:
 
 def _require_comparable_outputs(probe: Probe) -> None:
     """Refuse modules that return no arrays, different numbers of them, or complex numbers."""
-    flax, torch = probe.evaluation.flax.outputs, probe.evaluation.torch.outputs
+    flax, torch = ([*calls.outputs.values()] for calls in probe.calls["evaluation"])
     if len(flax) != len(torch) or not flax:
-        shapes = [y.shape for y in flax], [y.shape for y in torch.values()]
+        shapes = [y.shape for y in flax], [y.shape for y in torch]
         raise ValueError(
             "Both modules must return the same number of arrays, at least one, but Flax's returns "
             f"{len(flax)}, of shapes {shapes[0]}, and PyTorch's {len(torch)}, of shapes "
@@ -236,7 +229,7 @@ def _require_comparable_outputs(probe: Probe) -> None:
 
 
 def _notes(
-    torch_module: Any, native: ModulePair, weights: Weights, narrowing: Sequence[str]
+    torch_module: Any, probe: Probe, weights: Weights, narrowing: Sequence[str]
 ) -> Iterator[str]:
     """What a reader should know, whether the modules agree or not."""
     if narrowing:
@@ -248,7 +241,7 @@ def _notes(
     frozen = [name for name, p in torch_module.named_parameters() if not p.requires_grad]
     if frozen:
         yield f"Trained here, though PyTorch has them frozen: {_listed(frozen)}."
-    if weights != "random" and (same := native.constants()):
+    if weights != "random" and (same := probe.constants):
         yield (
             "These have a single value each, as in a fresh module, so that exchanging them would "
             f'not be noticed: {_listed(same)}. Pass weights="random" to draw values for all.'

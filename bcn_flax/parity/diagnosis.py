@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bcn_flax.interop import trees
-from bcn_flax.interop.layouts import Array, path_name
+from bcn_flax.interop.layouts import Array
 from bcn_flax.parity.errors import Row, eps, narrowest
 from bcn_flax.parity.judging import FLAX_64, JITTED, TORCH, TORCH_64
 from bcn_flax.parity.pair import Calls, ModulePair, Probe
-from bcn_flax.parity.protocol import Implementation, Name, module_name, sgd
+from bcn_flax.parity.protocol import Implementation, Name, module_name, observation, sgd
 
 _GROWTH = 1e3  # of a parameter in training, beyond which training diverges
 
@@ -24,17 +23,12 @@ _ARGUMENTS = (
 
 
 def explanations(
-    pair: ModulePair,
-    inputs: Sequence[Array],
-    probe: Probe,
-    settings: Sequence[str],
-    rows: Sequence[Row],
+    pair: ModulePair, probe: Probe, settings: Sequence[str], rows: Sequence[Row]
 ) -> list[str]:
     """Sentences for the reader.
 
     Args:
         pair: in float64.
-        inputs: of the first call, in float64.
         probe: of the pair.
         settings: the sentences of `different_settings`.
         rows: of the comparison.
@@ -42,29 +36,26 @@ def explanations(
     # The rate of a running average shows a momentum that no argument shows.
     rates = not any("momentum" in sentence for sentence in settings)
     return [
-        *_first_modules(pair, probe),
+        *_first_modules(probe),
         *settings,
-        *_statistics_drift(pair, inputs, probe, rates),
+        *_statistics_drift(pair, probe, rates),
         *_optimizers(rows),
         *_divergence(rows),
         *_formulas(rows),
     ]
 
 
-def different_settings(pair: ModulePair, probe: Probe) -> Iterator[str]:
+def different_settings(probe: Probe) -> Iterator[str]:
     """A sentence for each argument that differs between a layer of Flax and its counterpart."""
-    flax = probe.training.flax.modules
-    torch = dict(pair.torch.named_modules())
-    for path, name in pair.modules().items():
-        one, other = flax.get(path), torch[name]
+    for path, flax, _, torch in probe.modules:
         for flax_name, torch_name in _ARGUMENTS:
-            a, b = getattr(one, flax_name, None), getattr(other, torch_name, None)
+            a, b = getattr(flax, flax_name, None), getattr(torch, torch_name, None)
             if _is_other_number(a, b):
                 yield (
                     f"{module_name(path)}: {flax_name} is {a:g} in Flax, and {torch_name} {b:g} in "
                     "PyTorch."
                 )
-        a, b = getattr(one, "momentum", None), getattr(other, "momentum", None)
+        a, b = getattr(flax, "momentum", None), getattr(torch, "momentum", None)
         if b is not None and _is_other_number(a, 1 - b):
             yield (
                 f"{module_name(path)}: momentum is {a:g} in Flax and {b:g} in PyTorch, where it is "
@@ -76,11 +67,11 @@ def _is_other_number(a: Any, b: Any) -> bool:
     return isinstance(a, int | float) and isinstance(b, int | float) and not math.isclose(a, b)
 
 
-def _first_modules(pair: ModulePair, probe: Probe) -> Iterator[str]:
+def _first_modules(probe: Probe) -> Iterator[str]:
     """The first module whose outputs differ, in evaluation and in training."""
-    paths = {name: path for path, name in pair.modules().items()}
+    paths = {module.name: module.path for module in probe.modules}
     found: dict[str, list[str]] = {}
-    for mode, calls in zip(("evaluation", "training"), probe, strict=True):
+    for mode, calls in probe.calls.items():
         for sentence in _first_module(paths, calls):
             found.setdefault(sentence, []).append(mode)
     for sentence, modes in found.items():
@@ -135,23 +126,18 @@ class _Drift(NamedTuple):
     limit: Array
 
 
-def _statistics_drift(
-    pair: ModulePair, inputs: Sequence[Array], probe: Probe, rates: bool
-) -> Iterator[str]:
+def _statistics_drift(pair: ModulePair, probe: Probe, rates: bool) -> Iterator[str]:
     """How the running statistics of the two sides change differently; `rates`: how fast, too."""
-    start = {
-        Name("statistic", path_name(path[1:])): np.asarray(leaf)
-        for path, leaf in trees.flax_leaves(pair.flax.variables).items()
-        if path[0] == "batch_stats"
-    }
+    shown = observation({}, {}, {}, pair.flax.variables)
+    start = {name: x for name, x in shown.items() if name.quantity == "statistic"}
     if not start:
         return
     # With a rate of 0 the parameters, and so the statistics of the batch, stay the same.
     fixed = sgd(rate=0.0)
-    zeros = [np.zeros(y.shape, y.dtype) for y in probe.training.flax.outputs]
+    zeros = [np.zeros(y.shape, y.dtype) for y in probe.calls["training"].flax.outputs.values()]
 
     def observed(side: Implementation) -> dict[Name, _Drift]:
-        first, second = (side(inputs, zeros, True) for _ in range(2))
+        first, second = (side(probe.inputs, zeros, True) for _ in range(2))
         return {name: _drift(start[name], first[name], second[name]) for name in start}
 
     flax, torch = observed(pair.new_flax_side(fixed)), observed(pair.new_torch_side(fixed))

@@ -37,7 +37,7 @@ class FlaxTrace(NamedTuple):
     """A call of a Flax module, traced and not run.
 
     Attributes:
-        outputs: their shapes and dtypes.
+        outputs: by name, their shapes and dtypes.
         modules: by path, the modules that were called; for NNX, all modules.
         random: the paths of modules that draw random numbers. If there are any, the rest may be
             missing.
@@ -46,7 +46,7 @@ class FlaxTrace(NamedTuple):
             several times has those of its first call; one inside of a transformation has none.
     """
 
-    outputs: list[jax.ShapeDtypeStruct]
+    outputs: dict[str, jax.ShapeDtypeStruct]
     modules: dict[Path, Any]
     random: list[Path]
     narrows: bool
@@ -75,7 +75,7 @@ class FlaxModel(NamedTuple):
         """The parameters and statistics."""
         return jax.tree.leaves(self.variables)
 
-    def in_float64(self) -> "FlaxModel":
+    def widened(self) -> "FlaxModel":
         """The same module and variables in float64."""
         return flax_model(self.module, self.variables, [], self.call, wide=True)
 
@@ -117,14 +117,14 @@ class FlaxModel(NamedTuple):
                     self.variables, list(inputs)
                 )
             except InvalidRngError:
-                return FlaxTrace([], called, [*called][-1:], False, dict)
+                return FlaxTrace({}, called, [*called][-1:], False, dict)
 
         def run() -> dict[Path, list[Array]]:
             with float64_enabled(self.wide):
                 _, returned = traced.lower().compile()(self.variables, list(inputs))
             return jax.tree.map(np.asarray, returned)
 
-        outputs = jax.tree.leaves(traced.out_info[0])
+        outputs = numbered(jax.tree.leaves(traced.out_info[0]))
         return FlaxTrace(outputs, called, random, _narrows(traced.jaxpr.jaxpr), run)
 
     def _recorded(

@@ -29,7 +29,6 @@ from bcn_flax.parity.protocol import (
     Optimizer,
     float64_enabled,
     is_differentiable,
-    numbered,
     observation,
     to_float64,
 )
@@ -211,7 +210,7 @@ def initial_weights(pair: ModulePair) -> list[Row]:
 
 def different_shapes(probe: Probe) -> list[Row]:
     """Rows for the outputs whose shapes differ, so that nothing else can be compared."""
-    flax, torch = numbered(probe.evaluation.flax.outputs), probe.evaluation.torch.outputs
+    flax, torch = (calls.outputs for calls in probe.calls["evaluation"])
     names = [name for name in flax if flax[name].shape != torch[name].shape]
     seen = {
         FLAX: {Name("output", name): np.zeros(flax[name].shape) for name in names},
@@ -237,8 +236,11 @@ def compare_phases(
         errors: the precision of the arithmetic.
         tolerances: the caller's.
         rng: for the output gradients.
+
+    Raises:
+        ValueError: a tolerance matches no array, or the oracle shows one that the modules do not.
     """
-    rows = []
+    rows: list[Row] = []
     # How far the perturbed implementations have moved at most: they may come back by chance.
     moved: dict[Precision, dict[Name, float]] = {precision: {} for precision in errors}
     for phase in plan:
@@ -252,7 +254,16 @@ def compare_phases(
             for precision, largest in moved.items()
         )
         rows += _compare_phase(phase.name, seen, allowed, allowed_wide)
+    _require_matches(tolerances, rows)
     return rows
+
+
+def _require_matches(tolerances: Sequence[Tolerance], rows: Sequence[Row]) -> None:
+    """Refuse a tolerance that matches no array: its pattern must be misspelled."""
+    for tolerance in tolerances:
+        if not any(tolerance.matches(row.name) for row in rows):
+            names = sorted({str(row.name) for row in rows})
+            raise ValueError(f"{tolerance} matches none of the arrays compared: {names}.")
 
 
 def _observe(

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,8 +21,8 @@ from bcn_flax.parity.flax_side import (
     Module,
     flax_model,
 )
-from bcn_flax.parity.protocol import AXES, Axes, Optimizer, float64_enabled, to_float64
-from bcn_flax.parity.torch_side import TorchRun, TorchSide
+from bcn_flax.parity.protocol import Optimizer, float64_enabled, to_float64
+from bcn_flax.parity.torch_side import AXES, Axes, TorchRun, TorchSide
 
 Weights = Literal["torch", "flax", "own", "random"]
 # From a PyTorch module and Flax's variables or module to which tensor is which variable.
@@ -36,17 +36,43 @@ class Calls(NamedTuple):
     torch: TorchRun
 
 
-class Probe(NamedTuple):
-    """A call of both modules with the first input, in evaluation and in training."""
+class PairedModule(NamedTuple):
+    """A module inside of Flax's and its counterpart inside of PyTorch's.
 
-    evaluation: Calls
-    training: Calls
+    Attributes:
+        path: in Flax.
+        flax: the module; None if a call in training does not reach it.
+        name: in PyTorch.
+        torch: the module.
+    """
+
+    path: Path
+    flax: Any
+    name: str
+    torch: Any
+
+
+class Probe(NamedTuple):
+    """What both modules are and do, found by one call in evaluation and one in training.
+
+    Attributes:
+        inputs: of the calls.
+        calls: "evaluation" and "training".
+        modules: those that have a counterpart.
+        constants: the parameters and statistics that have a single value each, as in a fresh
+            module.
+    """
+
+    inputs: Sequence[Array]
+    calls: Mapping[str, Calls]
+    modules: list[PairedModule]
+    constants: list[str]
 
     @property
     def narrowing(self) -> list[str]:
         """The sides that compute in less than float64 though they are given float64."""
-        flax = any(calls.flax.narrows for calls in self)
-        torch = any(calls.torch.narrows for calls in self)
+        flax = any(calls.flax.narrows for calls in self.calls.values())
+        torch = any(calls.torch.narrows for calls in self.calls.values())
         return ["Flax"] * flax + ["PyTorch"] * torch
 
 
@@ -71,21 +97,31 @@ class ModulePair(NamedTuple):
         """The same modules and weights in float64."""
         if self.flax.wide:
             return self
-        flax, torch = self.flax.in_float64(), copy.deepcopy(self.torch).double()
+        flax, torch = self.flax.widened(), copy.deepcopy(self.torch).double()
         return self._replace(flax=flax, torch=torch, match=_matched(flax, torch, self.matcher))
 
     def probe(self, inputs: Sequence[Array]) -> Probe:
         """Call each module once in evaluation and once in training."""
         if self.flax.wide:
             inputs = to_float64(inputs)
-        evaluation, training = (
-            Calls(
-                self.flax.trace(inputs, train),
-                torch_side.run(self.torch, inputs, self.axes, train),
+        calls = {
+            mode: Calls(
+                self.flax.trace(inputs, mode == "training"),
+                torch_side.run(self.torch, inputs, self.axes, mode == "training"),
             )
-            for train in (False, True)
-        )
-        return Probe(evaluation, training)
+            for mode in ("evaluation", "training")
+        }
+        flax, torch = calls["training"].flax.modules, dict(self.torch.named_modules())
+        modules = [
+            PairedModule(path, flax.get(path), name, torch[name])
+            for path, name in self._counterparts().items()
+        ]
+        constants = [
+            layouts.path_name(path[1:])
+            for path, x in trees.flax_leaves(self.flax.variables).items()
+            if np.size(x) > 1 and np.all(np.asarray(x) == np.ravel(x)[0])
+        ]
+        return Probe(inputs, calls, modules, constants)
 
     def new_flax_side(self, optimizer: Optimizer, *, jit: bool = True) -> FlaxSide:
         """Flax's module, to be trained."""
@@ -105,8 +141,8 @@ class ModulePair(NamedTuple):
             perturbation=perturbation,
         )
 
-    def modules(self) -> dict[Path, str]:
-        """By path in Flax, the modules that are a module of PyTorch, and the name of that.
+    def _counterparts(self) -> dict[Path, str]:
+        """By path in Flax, the names of PyTorch's modules.
 
         They are the modules that have parameters or statistics, and the modules around them that
         have the same name on both sides.
@@ -121,14 +157,6 @@ class ModulePair(NamedTuple):
         # Two of Flax's may be one of PyTorch's, as in the authors' batch-channel norm.
         shared = Counter(found.values())
         return {path: name for path, name in found.items() if shared[name] == 1}
-
-    def constants(self) -> list[str]:
-        """The parameters and statistics whose values are all the same, as in a fresh module."""
-        return [
-            layouts.path_name(path[1:])
-            for path, x in trees.flax_leaves(self.flax.variables).items()
-            if np.size(x) > 1 and np.all(np.asarray(x) == np.ravel(x)[0])
-        ]
 
 
 def module_pair(

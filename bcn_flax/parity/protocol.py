@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -118,53 +117,6 @@ def is_differentiable(x: Any) -> bool:
 def module_name(path: Path) -> str:
     """The path of a module, as it is printed."""
     return path_name(path) or "the module itself"
-
-
-class AxisOrder(NamedTuple):
-    """How an array's axes are ordered in Flax and in PyTorch.
-
-    Attributes:
-        how: a description, for messages.
-        to_torch: from Flax's order to PyTorch's.
-        to_flax: from PyTorch's order to Flax's.
-    """
-
-    how: str
-    to_torch: Callable[[Array], Array]
-    to_flax: Callable[[Array], Array]
-
-
-SAME = AxisOrder("the same on both sides", lambda x: x, lambda x: x)
-
-CHANNELS = AxisOrder(
-    "channels last in Flax, first in PyTorch",
-    lambda x: np.moveaxis(x, -1, 1),
-    lambda x: np.moveaxis(x, 1, -1),
-)
-
-Axes = Mapping[int | str, AxisOrder]
-
-# By rank, or by name ("input 1", "output"), which takes precedence. Three axes are missing: they
-# may be (batch, length, channels), whose order differs or not, so the caller has to say.
-AXES: Axes = MappingProxyType({0: SAME, 1: SAME, 2: SAME, 4: CHANNELS, 5: CHANNELS})
-
-
-def axis_order(axes: Axes, name: str, rank: int) -> AxisOrder:
-    """The order of the axes of an input or output.
-
-    Raises:
-        ValueError: `axes` has neither its name nor its rank.
-    """
-    order = axes.get(name, axes.get(rank))
-    if order is None:
-        raise ValueError(
-            "The order of axes must be known for every input and output, but the "
-            f"{name} has {rank} axes, for which there is no rule. Pass "
-            f"axes={{**AXES, {rank}: SAME}} if PyTorch's module has them in the same order, "
-            f"axes={{**AXES, {rank}: CHANNELS}} if its channels are the second axis, or an entry "
-            f"for {name!r} alone."
-        )
-    return order
 
 
 class Optimizer(NamedTuple):

@@ -1,7 +1,8 @@
 """The PyTorch side: a module, with its arrays under Flax's names and in Flax's layouts."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,14 +11,59 @@ import numpy as np
 from bcn_flax.interop import Match, layouts
 from bcn_flax.interop.layouts import Array
 from bcn_flax.parity.protocol import (
-    Axes,
     Observation,
     Optimizer,
-    axis_order,
     float64_enabled,
     numbered,
     observation,
 )
+
+
+class AxisOrder(NamedTuple):
+    """How an array's axes are ordered in Flax and in PyTorch.
+
+    Attributes:
+        how: a description, for messages.
+        to_torch: from Flax's order to PyTorch's.
+        to_flax: from PyTorch's order to Flax's.
+    """
+
+    how: str
+    to_torch: Callable[[Array], Array]
+    to_flax: Callable[[Array], Array]
+
+
+SAME = AxisOrder("the same on both sides", lambda x: x, lambda x: x)
+
+CHANNELS = AxisOrder(
+    "channels last in Flax, first in PyTorch",
+    lambda x: np.moveaxis(x, -1, 1),
+    lambda x: np.moveaxis(x, 1, -1),
+)
+
+Axes = Mapping[int | str, AxisOrder]
+
+# By rank, or by name ("input 1", "output"), which takes precedence. Three axes are missing: they
+# may be (batch, length, channels), whose order differs or not, so the caller has to say.
+AXES: Axes = MappingProxyType({0: SAME, 1: SAME, 2: SAME, 4: CHANNELS, 5: CHANNELS})
+
+
+def _axis_order(axes: Axes, name: str, rank: int) -> AxisOrder:
+    """The order of the axes of an input or output.
+
+    Raises:
+        ValueError: `axes` has neither its name nor its rank.
+    """
+    order = axes.get(name, axes.get(rank))
+    if order is None:
+        raise ValueError(
+            "The order of axes must be known for every input and output, but the "
+            f"{name} has {rank} axes, for which there is no rule. Pass "
+            f"axes={{**AXES, {rank}: SAME}} if PyTorch's module has them in the same order, "
+            f"axes={{**AXES, {rank}: CHANNELS}} if its channels are the second axis, or an entry "
+            f"for {name!r} alone."
+        )
+    return order
 
 
 class TorchRun(NamedTuple):
@@ -240,7 +286,7 @@ def _tensors(module: Any, inputs: Sequence[Array], axes: Axes) -> dict[str, Any]
 
 
 def _tensor(name: str, x: Array, axes: Axes, like: Any) -> Any:
-    moved = axis_order(axes, name.strip(), x.ndim).to_torch(x)
+    moved = _axis_order(axes, name.strip(), x.ndim).to_torch(x)
     return layouts.array_like(like, np.asarray(moved))
 
 
@@ -252,7 +298,7 @@ def _outputs(module: Any, inputs: Sequence[Any]) -> dict[str, Any]:
 
 def _in_flax_order(name: str, x: Any, axes: Axes) -> Array:
     """The values of an input or output in Flax's order of axes."""
-    return axis_order(axes, name.strip(), x.dim()).to_flax(layouts.to_numpy(x))
+    return _axis_order(axes, name.strip(), x.dim()).to_flax(layouts.to_numpy(x))
 
 
 def _gradient(x: Any) -> Any:
