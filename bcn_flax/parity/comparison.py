@@ -211,7 +211,8 @@ def _refuse_random_numbers(probe: Probe) -> None:
 
 def _require_comparable_outputs(probe: Probe) -> None:
     """Refuse modules that return no arrays, different numbers of them, or complex numbers."""
-    flax, torch = ([*calls.outputs.values()] for calls in probe.calls["evaluation"])
+    evaluation = probe.calls["evaluation"]
+    flax, torch = [*evaluation.flax.outputs.values()], [*evaluation.torch.outputs.values()]
     if len(flax) != len(torch) or not flax:
         shapes = [y.shape for y in flax], [y.shape for y in torch]
         raise ValueError(

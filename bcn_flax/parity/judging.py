@@ -210,7 +210,8 @@ def initial_weights(pair: ModulePair) -> list[Row]:
 
 def different_shapes(probe: Probe) -> list[Row]:
     """Rows for the outputs whose shapes differ, so that nothing else can be compared."""
-    flax, torch = (calls.outputs for calls in probe.calls["evaluation"])
+    evaluation = probe.calls["evaluation"]
+    flax, torch = evaluation.flax.outputs, evaluation.torch.outputs
     names = [name for name in flax if flax[name].shape != torch[name].shape]
     seen = {
         FLAX: {Name("output", name): np.zeros(flax[name].shape) for name in names},
