@@ -1,4 +1,4 @@
-"""Flax, PyTorch and the oracle show the same numbers, in everything and after every step."""
+"""Flax, PyTorch and the oracle agree in every number, after every step."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def test_a_network_as_deep_as_the_published_one_agrees():
 @pytest.mark.slow  # so that the compiler optimizes as it does for users
 @pytest.mark.parametrize(("data", "times"), [("normal", 1), ("mean 1e4", 0.2)])
 def test_flax_is_no_less_accurate_than_pytorch(data, times):
-    """In float32, by the geometric mean over all numbers of all norms: 0.86 and 0.10 were seen."""
+    """In float32, by the geometric mean over all numbers of all norms: 0.86 and 0.10 measured."""
     ratios = []
     for case in NORMS:
         rows = replace(case, data=data, shape=(4, 16, 16, 16)).check().rows

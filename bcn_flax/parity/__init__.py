@@ -19,10 +19,10 @@ the report says which of them is less accurate in float32. If not, they compute 
 and the report says what it found: the first module whose output differs, another epsilon, another
 momentum, a biased variance in one and an unbiased one in the other.
 
-Some things the caller has to say: `axes`, the order of the axes of an array with three of them;
-`names`, which module is which; `call`, how your module is told that it trains; `oracle`, if you
-have an independent implementation; and `rules`, which variable is which tensor and how its axes are
-ordered. For example, if Flax's kernel is `(features, heads, size)` and PyTorch's
+Some arguments are for what the harness cannot find out: `axes`, the order of the axes of an array
+with three of them; `names`, which module is which; `call`, the keywords that switch your module to
+training; `oracle`, an independent implementation; and `rules`, which variable is which tensor and
+how its axes are ordered. For example, if Flax's kernel is `(features, heads, size)` and PyTorch's
 `(heads * size, features)`:
 
     def of_heads(torch_shape, flax_shape, facts):

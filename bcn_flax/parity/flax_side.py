@@ -29,7 +29,7 @@ from bcn_flax.parity.protocol import (
 
 Module = nn.Module | nnx.Module
 Call = Callable[[bool], Mapping[str, Any]]
-# From variables, inputs and whether to train to the outputs and the statistics after the call.
+# From variables, inputs and `train` to the outputs and the statistics after the call.
 Forward = Callable[[Variables, Sequence[Any], bool], tuple[Any, dict[str, Any]]]
 
 
@@ -59,7 +59,7 @@ class FlaxModel(NamedTuple):
     Attributes:
         module: of linen or NNX.
         variables: parameters and statistics, or their shapes, in linen's form.
-        call: from whether to train to the keyword arguments of a call.
+        call: function from `train: bool` to the keyword arguments of a call.
         wide: whether it computes in float64.
         forward: the module as a pure function.
     """
@@ -192,7 +192,7 @@ def _initial_variables(module: Module, inputs: Sequence[Array], call: Call) -> V
 
 
 def mode_argument(module: Module) -> Call:
-    """From whether to train to the argument of the module that says so, found by its name."""
+    """Function from `train: bool` to the call keywords of the module, by its argument names."""
     arguments = inspect.signature(module.__call__).parameters
     for name in ("train", "training", "is_training"):
         if name in arguments:
@@ -204,7 +204,7 @@ def mode_argument(module: Module) -> Call:
 
 
 def forward_of(module: Module, call: Call | None) -> Forward:
-    """The module as a pure function; `call` maps whether to train to keyword arguments."""
+    """The module as a pure function; `call` maps `train: bool` to the call keywords."""
     call = call or mode_argument(module)
     if isinstance(module, nn.Module):
         return partial(_linen_forward, module, call)
