@@ -16,7 +16,7 @@ Run = Callable[[], object]
 
 
 class Setting(NamedTuple):
-    """What is asked of a layer."""
+    """Input shape and options of a layer."""
 
     shape: tuple[int, ...]
     groups: int
@@ -26,11 +26,11 @@ class Setting(NamedTuple):
 
 
 Make = Callable[[Setting, jax.Array, jax.Array], Run]
-"""What makes a program for a setting, an input, and a gradient of the output."""
+"""Makes a program from a setting, an input, and a gradient of the output."""
 
 
 class FlaxPair(nn.Module):
-    """What Flax offers: `BatchNorm`, then `GroupNorm`."""
+    """Flax's `BatchNorm`, then its `GroupNorm`."""
 
     num_groups: int
     use_running_average: bool
@@ -43,7 +43,7 @@ class FlaxPair(nn.Module):
 
 
 def group_count(channels: int) -> int:
-    """32, as everywhere, but not so many that a group has a single channel."""
+    """32 as elsewhere, but few enough that every group has at least 2 channels."""
     return min(32, channels // 2)
 
 
@@ -55,7 +55,7 @@ def data(setting: Setting) -> tuple[jax.Array, jax.Array]:
 
 
 def copy(setting: Setting, x: jax.Array, dy: jax.Array) -> Run:
-    """Read as many bytes as `x` has, and write as many."""
+    """Copy `x`: read and write it once."""
     program = jax.jit(jnp.copy)
     return lambda: program(x)
 

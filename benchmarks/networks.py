@@ -1,8 +1,8 @@
 """The step of `train_cifar.py`, compiled for an accelerator: memory, traffic, and collectives.
 
-A v5e has 128 MiB of memory beside its cores. Most activations of these networks fit into it, and
-the temporary memory is what the compiler moves out of it: that differs much between two programs
-that keep the same arrays. What is in use at once tells more there.
+A v5e has 128 MiB of on-chip memory, and most activations of these networks fit into it. Temporary
+memory counts only what the compiler moves out of it, which differs widely between two programs that
+keep the same arrays. The peak of the memory in use is the better measure there.
 """
 
 import targets  # isort: skip  # sets up the environment, so it comes first
@@ -28,8 +28,8 @@ from training.config import Config, resolve
 from training.data import Split
 
 BATCH, CLASSES = 128, 10
-IMAGES = BATCH  # in the data set, so that its own size does not count
-LARGE = 2**20  # values, from which on an array is that of an activation
+IMAGES = BATCH  # in the data set, which then takes hardly any memory
+LARGE = 2**20  # an array with at least as many values is an activation
 NETWORKS = {"VGG": "vgg", "ResNet-20": "resnet"}
 OURS, FLAX = "BatchChannelNorm, WSConv", "Flax BatchNorm"
 MEASURES: dict[str, Callable[[jax.stages.Compiled], float]] = {
@@ -68,12 +68,12 @@ class Step:
         self.data: Split = jax.eval_shape(lambda: data)
 
     def compiled(self, sharding: Sharding) -> jax.stages.Compiled:
-        """Its program; the new state takes the place of the old one."""
+        """The compiled program; the new state reuses the memory of the old one."""
         return targets.compiled(sharding, self.function, self.state, self.data, donate=[0])
 
 
 def steps(split: Callable[[Any], Any], sharding: Sharding) -> Iterator[tuple[str, str, Step, Any]]:
-    """Network, norm, step and program of each row."""
+    """Yield network, norm, step and program of each row."""
     for name, network in NETWORKS.items():
         for norm in (FLAX, OURS):
             step = Step(network, norm, split)
@@ -105,7 +105,7 @@ def networks(target: str, arguments: argparse.Namespace) -> None:
 
 
 def show_wide(program: jax.stages.Compiled, parameters: Collection[int]) -> None:
-    """Print who writes float32 arrays of the size of an activation."""
+    """Print the instructions that write float32 arrays as large as an activation."""
     for line in targets.instructions(program):
         if line.operation in targets.FREE or line.operation.endswith("-done"):
             continue
@@ -116,7 +116,7 @@ def show_wide(program: jax.stages.Compiled, parameters: Collection[int]) -> None
 
 
 def sharded(target: str, arguments: argparse.Namespace) -> None:
-    """The fourth table: of as many devices as share a batch."""
+    """The fourth table: what the devices exchange if they share a batch."""
     count = len(targets.devices(target))
     if count == 1:
         print(f"sharded, {target}: there is one device")
@@ -154,5 +154,5 @@ def sharded(target: str, arguments: argparse.Namespace) -> None:
 
 
 def statistics_of(stats: Any) -> int:
-    """Over how many channels there are running averages, each with a mean and a variance."""
+    """The number of channels with a running mean and variance."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(stats)) // 2

@@ -21,15 +21,15 @@ Make = Callable[..., nn.Module]
 
 DTYPE = jnp.bfloat16
 SIDE, CLASSES = 224, 1000
-STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, and channels inside of them
-WIDER = 4  # times as many channels leave a block
+STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, and their inner channels
+WIDER = 4  # a block's output has this many times its inner channels
 KEPT = jax.checkpoint_policies.save_only_these_names(MOMENTS)
-# Those that are tried; the compiler of the TPU takes minutes for each.
+# The batch sizes to try; the compiler for TPUs takes minutes for each.
 BATCHES = {"h100": range(1024, 3072, 64), "v5e": range(128, 832, 64)}
 
 
 class Unit(nn.Module):
-    """Norm, ReLU, and the next convolution: what is rematerialized together."""
+    """Norm, ReLU and the next convolution, which are rematerialized together."""
 
     norm: Make
     conv: Callable[[], nn.Module]
@@ -81,7 +81,7 @@ class ResNet50(nn.Module):
 
 
 def networks() -> dict[str, nn.Module]:
-    """Those that are compared."""
+    """The networks to compare, by name."""
     batch_norm = partial(nn.BatchNorm, use_running_average=False, dtype=DTYPE)
     group_norm = partial(nn.GroupNorm, num_groups=32, dtype=DTYPE)
     pair = partial(FlaxPair, 32, use_running_average=False, dtype=DTYPE)
@@ -110,7 +110,7 @@ OPTIMIZER = optax.sgd(0.1, 0.9)
 
 
 def first_state(model: nn.Module) -> State:
-    """Shapes and types alone."""
+    """The shapes and types of the first state, without values."""
 
     def first(images: jax.Array) -> State:
         variables = model.init(jax.random.key(0), images)
@@ -143,7 +143,7 @@ def program(model: nn.Module, target: str, batch: int) -> jax.stages.Compiled:
 
 
 def share(model: nn.Module, target: str, batch: int) -> float:
-    """What a step takes of the memory; infinite if its compiler says that it does not fit."""
+    """The fraction of the memory that a step needs; infinite if the compiler runs out of it."""
     try:
         return targets.all_memory(program(model, target, batch)) / targets.TARGETS[target].memory
     except jax.errors.JaxRuntimeError as error:
@@ -153,14 +153,14 @@ def share(model: nn.Module, target: str, batch: int) -> float:
 
 
 def fits(target: str, arguments: argparse.Namespace) -> None:
-    """The last table; it is stored as it grows."""
+    """The last table, written again after each row."""
     limit = targets.TARGETS[target].memory / 2**30
     batches = BATCHES[target]
     rows: list[list[str | float]] = []
     base = 0
     for name, model in networks().items():
         used = cache(partial(share, model, target))
-        # Not by a line through two batches: near the limit the compiler itself rematerializes.
+        # By bisection: the compiler rematerializes near the limit, so memory is not linear.
         fitting = bisect(batches, 1.0, key=used)
         if not 0 < fitting < len(batches):
             raise ValueError(

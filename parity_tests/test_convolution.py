@@ -24,7 +24,7 @@ C, FEATURES = 3, 4
 
 
 def as_flax_calls(function, rank=2, strides=1, padding="SAME", **options):
-    """A convolution with the arguments that the layers of Flax give it, besides these `options`."""
+    """A convolution with the arguments that Flax's layers pass, and these `options`."""
     ones = (1,) * rank
     axes = "DHW"[-rank:]
     layout = lax.conv_dimension_numbers(
@@ -87,7 +87,7 @@ def results(function, x, kernel, dy):
     ("case", "dtype"),
     [*((case, jnp.float64) for case in SMALL), ("2x2", jnp.float32), ("2x2", jnp.bfloat16)],
 )
-def test_it_is_the_convolution(case, dtype, x64):
+def test_results_and_gradients_are_those_of_the_convolution(case, dtype, x64):
     space, window, strides, padding = SMALL[case]
     options = {"rank": len(space), "strides": strides, "padding": padding}
     x, kernel = draw(space, window, dtype)
@@ -98,8 +98,8 @@ def test_it_is_the_convolution(case, dtype, x64):
     pairs = zip(run(small(**options), x, kernel, dy), run(plain(**options), *wide), strict=True)
     for (actual, expected), size, name in zip(pairs, sizes, ("y", "dx", "dkernel"), strict=True):
         assert actual.dtype == dtype
-        # Of the errors of some 50 products and their sums, in float32 or wider, few add up. In half
-        # precision the result is rounded, but only the result.
+        # Some 50 products are summed in float32 or wider, and their errors mostly cancel. In half
+        # precision only the result is rounded.
         assert_close(
             actual,
             expected,
@@ -112,7 +112,7 @@ def test_it_is_the_convolution(case, dtype, x64):
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_on_a_cpu_it_is_a_product_for_each_pixel(case):
+def test_on_a_cpu_it_is_one_matrix_product_for_each_pixel(case):
     space, window, strides, padding = SMALL[case]
     options = {"rank": len(space), "strides": strides, "padding": padding}
     x, kernel = draw(space, window)
@@ -135,7 +135,7 @@ def test_on_other_platforms_it_stays_a_convolution(platform):
     assert "dot_general" not in lowered(run, x, kernel, platform=platform)
 
 
-BEYOND = {
+OTHERS = {
     "image as large as the window": ((3, 3), (3, 3), {}),
     "image larger than the window": ((2, 5), (3, 3), {}),
     "no padding": ((1, 9), (3, 3), {"padding": [(1, 1), (0, 0)]}),
@@ -147,9 +147,9 @@ BEYOND = {
 }
 
 
-@pytest.mark.parametrize("case", BEYOND)
-def test_what_it_does_not_cover_stays_a_convolution(case):
-    space, window, options = BEYOND[case]
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_cases_stay_a_convolution(case):
+    space, window, options = OTHERS[case]
     x, kernel = draw(space, window)
     assert lowered(small(**options), x, kernel) == lowered(plain(**options), x, kernel)
 
@@ -159,7 +159,7 @@ def test_integers_stay_a_convolution():
     assert convolutions(small(), x, kernel) == 1
 
 
-def test_an_image_of_unknown_size_stays_a_convolution_and_a_batch_may_be_of_any_size():
+def test_images_of_symbolic_size_stay_a_convolution_but_the_batch_size_may_be_symbolic():
     x, kernel = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in draw((2, 2), (3, 3)))
 
     def exported(shape):
@@ -175,7 +175,7 @@ def test_an_image_of_unknown_size_stays_a_convolution_and_a_batch_may_be_of_any_
         np.testing.assert_allclose(any_batch.call(*args), plain()(*args), rtol=1e-5, atol=1e-5)
 
 
-def test_a_program_for_several_platforms_chooses_when_it_runs():
+def test_a_program_for_several_platforms_holds_both_forms():
     args = draw((2, 2), (3, 3))
     program = export.export(jax.jit(small()), platforms=["cpu", "cuda"])(*args)
     assert "stablehlo.convolution" in program.mlir_module()
@@ -183,7 +183,7 @@ def test_a_program_for_several_platforms_chooses_when_it_runs():
     np.testing.assert_allclose(program.call(*args), plain()(*args), rtol=1e-5, atol=1e-5)
 
 
-def test_the_products_have_the_precision_asked_for():
+def test_the_products_have_the_given_precision():
     text = lowered(small(precision="highest"), *draw((2, 2), (3, 3)))
     assert text.count("precision = [HIGHEST, HIGHEST]") == 4
 
@@ -238,7 +238,7 @@ def linen_pair(**options):
     return plain.clone(conv_general_dilated_cls=conv_general_dilated_cls), plain
 
 
-def assert_same_layers(actual, expected):
+def assert_same(actual, expected):
     assert actual.dtype == expected.dtype
     rounding = float(jnp.finfo(actual.dtype).eps)
     # Outputs are about 1.
@@ -247,27 +247,17 @@ def assert_same_layers(actual, expected):
 
 
 @pytest.mark.parametrize("case", LAYERS)
-def test_a_linen_layer_gives_the_same(case):
-    actual, expected = linen_pair(**LAYERS[case])
+def test_layers_of_linen_and_nnx_give_the_same_in_both_forms(case):
     x, _ = draw((2, 2), (3, 3))
-    variables = jax.jit(expected.init)(jax.random.key(0), x)
-    jax.tree.map(
-        np.testing.assert_array_equal, jax.jit(actual.init)(jax.random.key(0), x), variables
-    )
-    assert_same_layers(*(jax.jit(layer.apply)(variables, x) for layer in (actual, expected)))
-
-
-@pytest.mark.parametrize("case", LAYERS)
-def test_an_nnx_layer_gives_the_same(case):
-    actual, expected = (
-        bcn_flax.nnx.WSConv(C, 6, (3, 3), rngs=nnx.Rngs(0), **function, **LAYERS[case])
+    fast, plain = linen_pair(**LAYERS[case])
+    variables = jax.jit(plain.init)(jax.random.key(0), x)
+    assert_same(*(jax.jit(layer.apply)(variables, x) for layer in (fast, plain)))
+    make = partial(bcn_flax.nnx.WSConv, C, 6, (3, 3), **LAYERS[case])
+    modules = (
+        make(**function, rngs=nnx.Rngs(0))
         for function in ({"conv_general_dilated": conv_general_dilated}, {})
     )
-    x, _ = draw((2, 2), (3, 3))
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(actual), nnx.state(expected))
-    assert_same_layers(
-        *(nnx.jit(lambda layer, x: layer(x))(layer, x) for layer in (actual, expected))
-    )
+    assert_same(*(nnx.jit(lambda layer, x: layer(x))(layer, x) for layer in modules))
 
 
 @pytest.mark.parametrize("batch", [(), (0,), (2, 3)], ids=str)
@@ -319,12 +309,12 @@ def nnx_vgg(images, **layers):
     ],
     ids=["linen", "linen, plain", "nnx", "nnx, plain"],
 )
-def test_a_vgg_has_it_for_small_images(vgg, layers):
+def test_a_vgg_uses_it_for_small_images(vgg, layers):
     assert vgg(jnp.ones((2, 16, 16, C)), **layers) == 3  # of 16x16, 8x8 and 4x4 pixels
     assert vgg(jnp.ones((2, 8, 8, C)), **layers) == 2  # the last of 2x2
 
 
-def test_a_resnet_has_it_for_small_images():
+def test_a_resnet_uses_it_for_small_images():
     model, images = models.ResNet(depth=8), jnp.ones((2, 8, 8, C))
     variables = jax.eval_shape(partial(model.init, train=False), jax.random.key(0), images)
     # One of each two in the last stage takes 4x4 pixels to 2x2, the other stays there.

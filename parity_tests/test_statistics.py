@@ -14,7 +14,6 @@ from jax import export
 
 from bcn_flax import BatchChannelNorm, BatchNorm
 from bcn_flax.affine import Moments
-from bcn_flax.models import VGG
 from bcn_flax.norms import moving_average
 from parity_tests.tolerances import assert_close
 
@@ -168,29 +167,3 @@ def test_one_export_serves_every_platform():
     np.testing.assert_allclose(
         exported.call(variables, data()), gradient(variables, data()), rtol=1e-4, atol=1e-5
     )
-
-
-def test_networks_pass_their_options_on():
-    x = data((2, 4, 4, 3))
-
-    def vgg(dtype=None, **options):
-        return VGG(((8,),), norm=partial(BatchChannelNorm, num_groups=4, **options), dtype=dtype)
-
-    def step(variables, x, **options):
-        model = vgg(**options)
-        y, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
-        return y, updates["batch_stats"]["layers_1"]["batch_norm"]["mean"]
-
-    @jax.jit
-    def steps(x):
-        variables = vgg().init(jax.random.key(0), x, train=True)
-        run = partial(step, variables, x)
-        return run(), run(momentum=0.5), run(epsilon=1.0), run(dtype=jnp.bfloat16)
-
-    (y, mean), by_momentum, by_epsilon, by_dtype = steps(x)
-    np.testing.assert_allclose(by_momentum[1], 5 * mean, rtol=1e-5)
-    assert (by_epsilon[0] != y).any()
-    assert by_dtype[0].dtype == jnp.bfloat16
-    variables = jax.eval_shape(partial(vgg().init, train=True), jax.random.key(0), x)
-    with pytest.raises(NameError, match="devices"):
-        jax.eval_shape(partial(step, axis_name="devices"), variables, x)
