@@ -421,15 +421,15 @@ def evaluate(config: Config) -> dict[str, float]:
     config = with_settings_of(config, settings)
     recipe, dataset = resolve(config), data.load(config.dataset, config.data_dir)
     trainer = Trainer(config, recipe, dataset, Placement(1, recipe.micro_batch))
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        like = trainer.first_state
-        found = {"last": checkpoints.latest(like), "best": checkpoints.best(like)}
     metrics: dict[str, float] = {}
-    for name, checkpoint in found.items():
-        if checkpoint is not None:
-            loss, accuracy = trainer.test(checkpoint.state)
-            metrics = {"step": checkpoint.step, "test_loss": loss, "test_accuracy": accuracy}
-            print(f"{name} (step {checkpoint.step:,}): loss {loss:.4g}, accuracy {accuracy:.2%}")
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        for name, find in ("last", checkpoints.latest), ("best", checkpoints.best):
+            if found := find(trainer.first_state):
+                loss, accuracy = trainer.test(found.state)
+                metrics = {"step": found.step, "test_loss": loss, "test_accuracy": accuracy}
+                print(f"{name} (step {found.step:,}): loss {loss:.4g}, accuracy {accuracy:.2%}")
+    if not metrics:
+        raise TrainingError(f"There is no checkpoint in {folder} yet: train first.")
     return metrics
 
 

@@ -103,7 +103,7 @@ def test_two_processes_with_two_devices_each_are_one(tmp_path, on_one):
             stderr=subprocess.STDOUT,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2"},
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "2", "JAX_DEFAULT_PRNG_IMPL": "rbg"},
         )
         for number in range(2)
     ]

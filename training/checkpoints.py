@@ -14,7 +14,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -197,11 +197,8 @@ class Checkpoints:
         self._records.pop(number, None)
         instead = f"using {self._describe(others[0])} instead" if others else "there is no other"
         if jax.process_index() == 0:
-            print(
-                f"damaged checkpoint {what}: {damage}; moved to {where}; {instead}",
-                file=sys.stderr,
-                flush=True,
-            )
+            report = f"damaged checkpoint {what}: {damage}; moved to {where}; {instead}"
+            print(report, file=sys.stderr, flush=True)
 
     def _close(self) -> None:
         self._checkpointer.close()
@@ -212,14 +209,12 @@ class Checkpoints:
         return self._folder / f"{_PREFIX}{number}"
 
     def _describe(self, number: int) -> str:
-        record = self._records.get(number)
-        return f"{self._path(number)}" + (f" (step {record.step})" if record else "")
+        step = f" (step {self._records[number].step})" if number in self._records else ""
+        return f"{self._path(number)}{step}"
 
 
 def _best_first(records: Mapping[int, _Record]) -> list[int]:
-    scores = [
-        (record.score, number) for number, record in records.items() if record.score is not None
-    ]
+    scores = [(r.score, number) for number, r in records.items() if r.score is not None]
     return [number for _, number in sorted(scores, reverse=True)]
 
 
@@ -270,39 +265,36 @@ def _move(path: Path, folder: Path) -> None:
 def _commit(saving: Path, path: Path, record: _Record) -> None:
     """Complete a checkpoint, and rename it, which cannot be interrupted halfway."""
     (saving / _RECORD).write_text(json.dumps(record._asdict(), indent=2))
-    (saving / _SUMS).write_text("\n".join(sorted(_sums(saving, _files(saving)))))
+    (saving / _SUMS).write_text("\n".join(sorted(_sums(saving))))
     saving.rename(path)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file() and path.name != _SUMS)
-
-
-def _sums(folder: Path, files: Iterable[Path]) -> set[str]:
-    """Lines with the SHA-256 and the name of each file."""
-    return {f"{_sha256(file)}  {file.relative_to(folder)}" for file in files}
-
-
-def _sha256(path: Path) -> str:
+def _sum(folder: Path, path: Path) -> str:
+    """A line with the SHA-256 and the name of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.relative_to(folder)}"
+
+
+def _sums(folder: Path) -> set[str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _SUMS)
+    return {_sum(folder, path) for path in files}
+
+
+def _saved_sums(folder: Path) -> set[str]:
+    return set((folder / _SUMS).read_bytes().decode().split("\n"))
 
 
 def _read_record(folder: Path) -> _Record:
     record = folder / _RECORD
-    if not _sums(folder, [record]) <= _saved_sums(folder):
+    if _sum(folder, record) not in _saved_sums(folder):
         raise _DamagedError(f"{_RECORD} is not as it was saved")
     return _Record(**json.loads(record.read_text()))
 
 
 def _require_undamaged(folder: Path) -> None:
-    if different := _sums(folder, _files(folder)) ^ _saved_sums(folder):
+    if different := _sums(folder) ^ _saved_sums(folder):
         _, _, name = min(different).partition("  ")
         raise _DamagedError(f"{name or _SUMS} is not as it was saved")
-
-
-def _saved_sums(folder: Path) -> set[str]:
-    return set((folder / _SUMS).read_bytes().decode().split("\n"))
 
 
 # Arrays
@@ -314,11 +306,9 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def _types(tree: Any) -> dict[str, str]:
-    """Such as float32[3,4]."""
-    return {
-        path: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-        for path, leaf in _leaves(tree).items()
-    }
+    """For example float32[3,4]."""
+    leaves = _leaves(tree).items()
+    return {path: f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]" for path, leaf in leaves}
 
 
 def _is_key(leaf: Any) -> bool:
@@ -344,7 +334,7 @@ def _to_device(array: np.ndarray, like: Any) -> Any:
         return array
     placed: Array
     if like.committed:
-        # Unlike `device_put`, it also fills arrays that lie on devices of several processes.
+        # Unlike `device_put`, it also fills arrays on the devices of several processes.
         placed = jax.make_array_from_callback(array.shape, like.sharding, array.__getitem__)
     else:
         placed = jnp.array(array)
@@ -405,8 +395,7 @@ def _require_same_types(
 def _refuse_if_all_damaged(folder: Path) -> None:
     """A run whose checkpoints are lost does not silently start again."""
     where = folder / "damaged"
-    damaged = sorted(path.name for path in where.glob("*"))
-    if damaged:
+    if damaged := sorted(path.name for path in where.glob("*")):
         raise TrainingError(
             f"All checkpoints in {folder} are damaged: {', '.join(damaged)}. They are kept in "
             f"{where}. Move that folder away to start again, or choose another one."

@@ -24,7 +24,7 @@ class Config:
 
     #: Data set to train on. digits needs no download; CIFAR is downloaded if it is not there.
     dataset: DatasetName = "digits"
-    #: Folder for CIFAR, which holds or will hold its archive or its files; or the archive itself.
+    #: Folder of the CIFAR archive or its files, and where it is downloaded to; or the archive.
     data_dir: Path = Path("data")
     #: Folder for the results; by default a new one in runs, named after the settings.
     output: Path | None = None
@@ -91,7 +91,7 @@ class Config:
     devices: int | None = None
     #: Join the other processes of a run started by Slurm, Open MPI, Kubernetes or on a TPU pod.
     distributed: bool = False
-    #: To join without these: host and port of process 0, for example 10.0.0.1:1234.
+    #: Instead of --distributed: host and port of process 0, for example 10.0.0.1:1234.
     coordinator: str | None = None
     #: With a coordinator: number of processes.
     num_processes: int | None = None
