@@ -1,4 +1,4 @@
-"""Weights move between Flax and PyTorch whole, or not at all."""
+"""All weights are converted between Flax and PyTorch, or none."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def dense(**options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_values_take_the_type_they_move_into(dtype):
+def test_values_take_the_dtype_of_the_target(dtype):
     module = bcn_torch.WSLinear(8, 6).to(dtype)
     variables = variables_from_torch(module.state_dict(), jax.eval_shape(dense))
     assert variables["params"]["kernel"].dtype == jnp.float32
@@ -57,7 +57,7 @@ def test_values_take_the_type_they_move_into(dtype):
         assert torch.equal(returned["weight"], module.weight)
 
 
-def test_bfloat16_parameters_move_too():
+def test_bfloat16_parameters_are_converted_exactly():
     variables, module = dense(param_dtype=jnp.bfloat16), bcn_torch.WSLinear(8, 6)
     module.load_state_dict(state_dict_from_variables(variables, module.state_dict()))
     kernel = np.asarray(variables["params"]["kernel"]).astype(np.float32)
@@ -94,7 +94,7 @@ COMPLAINT = (
     ],
     ids=["from_torch", "to_torch"],
 )
-def test_whatever_does_not_match_is_listed(convert):
+def test_the_error_lists_everything_that_does_not_match(convert):
     variables = vgg_pair(((8,),))[0].init(jax.random.key(0), IMAGES, train=False)
     with pytest.raises(ValueError, match="tensor by tensor") as caught:
         convert(variables)
@@ -110,7 +110,7 @@ def test_a_module_name_that_ends_in_a_number_may_be_the_same_in_pytorch():
     )
 
 
-def test_partitioned_variables_move_like_plain_ones():
+def test_partitioned_variables_are_converted_like_plain_ones():
     initializer = nn.with_partitioning(nn.initializers.normal(), (None, "model"))
     variables, module = dense(kernel_init=initializer), bcn_torch.WSLinear(8, 6)
     module.load_state_dict(state_dict_from_variables(variables, module.state_dict()))
@@ -163,7 +163,7 @@ def test_one_tensor_cannot_take_two_values():
         match.to_torch(variables)
 
 
-def test_a_model_without_memory_is_a_pattern_too():
+def test_a_model_on_the_meta_device_can_be_imitated():
     with torch.device("meta"):
         module = torch.nn.Linear(3, 2)
     variables = {"params": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}

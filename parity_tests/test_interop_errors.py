@@ -1,4 +1,4 @@
-"""What does not match is refused, with a way out; what is assumed is in the report."""
+"""Errors list what does not match, with a way out; reports list what is assumed."""
 
 import re
 
@@ -150,7 +150,7 @@ WIDE = layers(stem=(16, 3, 3, 3), fc=(5, 64))
         (alphabetical(POOLED), {}, []),
     ],
 )
-def test_what_nothing_shows_must_be_given(weights, arguments, ambiguous):
+def test_a_fact_that_nothing_shows_must_be_given(weights, arguments, ambiguous):
     text = (
         message(*weights, **arguments) if ambiguous else str(interop.match(*weights, **arguments))
     )
@@ -181,6 +181,7 @@ UNLIKELY = "flattened: 'fc' is given 32 channels, but no convolution or norm bef
         ),
         (alphabetical(CHAIN), {"flattened": {"fc": 64}}, ""),
         (POOLED, {}, ""),
+        (layers(conv=(64, 3, 3, 3), small=(8, 64), head=(3, 64)), {}, ""),
         *(
             (order(WIDE), {"flattened": {"fc": channels}}, note)
             for order in (tuple, alphabetical)
@@ -207,12 +208,12 @@ def test_the_report_ends_with_what_is_assumed_or_unlikely(weights, arguments, no
         (FLATTENED, {"flattened": {"fc": 24}}, "(O, I, *) -> (*, I, O)"),
     ],
 )
-def test_a_fact_that_is_given_decides_the_layout(weights, facts, how):
+def test_a_given_fact_decides_the_layout(weights, facts, how):
     pairs = interop.match(*weights, **facts).pairs
     assert next(p for p in pairs if p.module in ("square", "fc")).layout.how.endswith(how)
 
 
-def test_a_name_before_all_names_is_hinted_at_first():
+def test_the_error_begins_with_the_name_of_a_wrapper():
     like = {"params": {"fc": LEAVES, "head": LEAVES}}
     first, *_ = message(at("net.fc", "net.head"), like).splitlines()
     assert first == 'All names begin with "net.", which names={"net": ""} removes.'
@@ -227,7 +228,7 @@ def test_only_modules_of_the_same_leaves_and_shapes_are_proposed():
     assert "params/d" not in text
 
 
-def test_paths_may_leave_a_wrapper_s_name_out_or_have_it():
+def test_paths_may_contain_the_name_of_a_wrapper_or_not():
     like = {"params": {"head": LEAVES, "up": {"kernel": jnp.ones((3, 3, 4, 4))}}}
     state_dict = {**at("net.fc"), "net.up.weight": np.ones((4, 4, 3, 3))}
     reports = {

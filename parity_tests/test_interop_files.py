@@ -34,7 +34,7 @@ def as_numbers(state_dict):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".pth.tar"])
-def test_a_file_of_torch_save_comes_back_as_tensors(tmp_path, suffix):
+def test_a_file_of_torch_save_is_loaded_as_tensors(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
     interop.save(path, STATE_DICT)
     loaded = interop.load(path)
@@ -43,7 +43,7 @@ def test_a_file_of_torch_save_comes_back_as_tensors(tmp_path, suffix):
         assert torch.equal(loaded[key].nan_to_num(3), tensor.nan_to_num(3)), key
 
 
-def test_a_safetensors_file_is_pytorch_s_and_comes_back_as_arrays(tmp_path):
+def test_a_safetensors_file_is_read_by_pytorch_and_loaded_as_arrays(tmp_path):
     path = tmp_path / "model.safetensors"
     interop.save(path, STATE_DICT)
     by_torch, loaded = safetensors.torch.load_file(path), interop.load(path)
@@ -101,7 +101,7 @@ def test_a_class_beside_the_weights_is_named_and_may_be_allowed(tmp_path):
         assert kinds(interop.load(path, key="model")) == kinds(STATE_DICT)
 
 
-def test_a_part_of_a_part_is_named_with_a_dot(tmp_path):
+def test_a_nested_part_is_named_with_a_dot(tmp_path):
     path = tmp_path / "checkpoint.pt"
     optimizer = {"state": {0: {"momentum": torch.ones(2)}}}
     torch.save({"optimizer": optimizer, "net": {"model": STATE_DICT, "ema": STATE_DICT}}, path)
@@ -110,7 +110,7 @@ def test_a_part_of_a_part_is_named_with_a_dot(tmp_path):
     assert kinds(interop.load(path, key="net.model")) == kinds(STATE_DICT)
 
 
-def test_flax_s_variables_are_no_state_dict(tmp_path):
+def test_flax_variables_are_not_saved_as_a_state_dict(tmp_path):
     with pytest.raises(ValueError, match="state_dict_from_variables makes a state_dict"):
         interop.save(tmp_path / "model.pt", {"params": {"kernel": np.ones(2)}})
     with pytest.raises(ValueError, match="state_dict_from_variables makes a state_dict"):
@@ -130,7 +130,7 @@ def test_a_part_of_a_checkpoint_must_be_named(tmp_path):
         interop.load(path)
 
 
-def test_the_name_must_tell_the_format(tmp_path):
+def test_the_name_of_a_file_must_show_its_format(tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.safetensors or one of .*model\.npz"):
         interop.load(tmp_path / "model.npz")
     with pytest.raises(ValueError, match=r"model\.npz"):

@@ -1,4 +1,4 @@
-"""Layers of `torch.nn`, and the authors' norms, compute in Flax what they compute in PyTorch."""
+"""Layers of `torch.nn`, of `bcn_torch` and of the authors compute the same in Flax."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -155,7 +155,7 @@ def autoencoder():
     )
 
 
-def test_a_torch_module_tells_which_convolutions_are_transposed_but_not_flax_s_argument():
+def test_a_torch_module_declares_transposed_convolutions_but_not_transpose_kernel():
     like = shapes(Autoencoder(), jnp.ones((1, 8, 8, 3)))
     with pytest.raises(
         ValueError, match=r"transpose_kernel: pass transposed=\{'up': False\}, or True"
@@ -233,13 +233,13 @@ class OurNetwork(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["bn", "pbn"])
-def test_the_authors_batch_channel_norm_moves_both_ways_and_computes_the_same(name):
+def test_the_authors_batch_channel_norm_computes_the_same_and_its_weights_return(name):
     network = OurNetwork(estimate=name == "bn")
     x = normal((2, 6, 5, 3))
     assert_converts(randomize(AuthorsNetwork(name)), network, x, roundings(27 + 24))
 
 
-def test_training_by_the_batch_moves_the_same_mean_and_flax_s_variance_biased():
+def test_training_updates_the_same_mean_and_in_flax_the_biased_variance():
     module, layer, x = AuthorsNetwork("pbn"), OurNetwork(estimate=False), normal((2, 6, 5, 3))
     module = randomize(module).train()
     match = interop.match(module, shapes(layer, x))
@@ -256,7 +256,7 @@ def test_training_by_the_batch_moves_the_same_mean_and_flax_s_variance_biased():
     assert_close(statistics["var"], biased, ulps=roundings(27 + 24), dtype=np.float32)
 
 
-def test_what_stays_behind_is_reported_with_what_to_do():
+def test_skipped_tensors_are_reported_with_what_to_do():
     module = AuthorsNetwork("bn")
     module.norm1.bn.estbn_moving_speed.fill_(0.25)
     module.norm1.bn.num_batches_tracked.fill_(7)

@@ -112,7 +112,7 @@ def test_a_torchvision_style_resnet_computes_the_same_under_other_names(names):
     assert_converts(randomize(TorchResNet()), FlaxResNet(), normal((2, 9, 8, 3)), ulps, names=names)
 
 
-def test_a_path_in_names_stands_for_what_is_in_it():
+def test_a_path_in_names_stands_for_the_modules_in_it():
     module, model = torch.nn.DataParallel(TorchResNet()), FlaxResNet()
     names = {"module": ""} | {f"module.{path}": place for path, place in NAMES.items()}
     match = interop.match(module.state_dict(), shapes(model, jnp.ones((1, 9, 8, 3))), names)
@@ -124,7 +124,7 @@ def test_a_path_in_names_stands_for_what_is_in_it():
     }
 
 
-def test_a_wrapper_s_name_is_taken_off_when_told_and_the_error_tells_how():
+def test_names_remove_a_wrapper_and_the_error_says_how():
     module = torch.nn.DataParallel(torch.nn.Linear(3, 2))
     like = shapes(nn.Dense(2), jnp.ones((1, 3)))
     with pytest.raises(ValueError, match=r'names=\{"module": ""\} removes'):
@@ -188,7 +188,7 @@ def test_names_are_proposed_by_shape_and_order():
     assert proposed(torch.nn.DataParallel(TorchResNet()), like) == {"module": "", **wrapped}
 
 
-def test_gradients_move_by_the_match_of_the_weights():
+def test_gradients_are_converted_by_the_match_of_the_weights():
     module, model = flattening_torch(), FlatteningFlax()
     match = interop.match(module, shapes(model, IMAGES), flattened={"fc": 4})
     variables = match.to_flax(module)

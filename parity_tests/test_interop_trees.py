@@ -1,4 +1,4 @@
-"""Linen and NNX have one tree of variables, which moves without PyTorch too."""
+"""Linen and NNX have one tree of variables, which is converted without PyTorch, too."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_models_of_the_same_names_have_the_same_tree_and_compute_the_same():
     np.testing.assert_allclose(module(IMAGES), Linen().apply(variables, IMAGES), rtol=1e-6)
 
 
-def test_a_module_with_other_variables_is_a_copy_that_keeps_all_else():
+def test_a_module_with_other_variables_is_a_copy_that_keeps_everything_else():
     module = Nnx(nnx.Rngs(0))
     module.drop.rngs()  # so that its count is no longer that of a new module
     before = jax.tree.map(np.asarray, interop.variables_of(module))
@@ -136,7 +136,7 @@ def test_a_value_too_large_for_its_new_type_is_refused_and_infinity_is_not():
         interop.state_dict_from_variables(large, half)
 
 
-def test_nothing_at_all_moves_as_nothing():
+def test_empty_variables_are_converted_to_empty_variables():
     assert interop.variables_from_torch({}, {"params": {}}) == {}
     assert str(interop.match({}, {})) == ""
 
@@ -146,7 +146,7 @@ def test_a_module_is_not_made_from_linen_variables():
         interop.module_from_torch(WEIGHTS, DENSE)
 
 
-def test_a_rule_of_one_s_own_joins_the_others():
+def test_a_rule_can_be_added():
     rule = interop.Rule(("weight",), interop.RULES["params", "kernel"].layouts)
     rules = {**interop.RULES, ("params", "w"): rule}
     like = {"params": {"w": LEAVES["kernel"], "bias": LEAVES["bias"]}}
@@ -154,7 +154,7 @@ def test_a_rule_of_one_s_own_joins_the_others():
     np.testing.assert_array_equal(variables["params"]["w"], WEIGHTS["weight"].T)
 
 
-def test_a_leaf_of_no_rule_may_have_axes_of_length_1_in_pytorch():
+def test_a_leaf_without_a_rule_may_have_axes_of_length_1_in_pytorch():
     state_dict = {"gain": np.arange(6.0).reshape(6, 1, 1, 1)}
     match = interop.match(state_dict, {"params": {"gain": jnp.ones(6)}})
     variables = match.to_flax(state_dict)
@@ -162,7 +162,7 @@ def test_a_leaf_of_no_rule_may_have_axes_of_length_1_in_pytorch():
     np.testing.assert_array_equal(match.to_torch(variables)["gain"], state_dict["gain"])
 
 
-def test_tensors_that_are_not_those_that_were_matched_are_refused():
+def test_other_tensors_than_those_that_were_matched_are_refused():
     match = interop.match(WEIGHTS, DENSE)
     with pytest.raises(ValueError, match=r"misshapen: bias is \(3,\) and must be \(2,\)"):
         match.to_flax({"weight": WEIGHTS["weight"], "bias": np.ones(3)}, partial=True)

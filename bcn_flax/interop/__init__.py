@@ -31,8 +31,8 @@ Names and layouts correspond by these rules:
 
 Some facts are shown neither by names nor by shapes: which dense layers follow a flatten, and the
 `transpose_kernel` of a transposed convolution with as many inputs as outputs. They must be given,
-or the match is an error. In two cases nobody can know, and the last lines of the report list what
-was assumed:
+or the match is an error. In two cases an assumption is made, and the last lines of the report list
+it:
 
 - Between a `state_dict` and linen variables, a kernel with as many inputs as outputs is assumed to
   be that of an ordinary convolution unless `transposed` names it. If the model has transposed
@@ -94,6 +94,7 @@ from bcn_flax.interop.trees import Variables, module_with, variables_of
 
 __all__ = [
     "RULES",
+    "Flattened",
     "LayerFacts",
     "Layout",
     "Match",
@@ -101,6 +102,7 @@ __all__ = [
     "Pair",
     "Rule",
     "Rules",
+    "Transposed",
     "embedding",
     "kernel",
     "load",
