@@ -138,7 +138,12 @@ NNX = {
     "NNX BatchChannelNorm in evaluation": NNX_ESTIMATED.called_with(use_running_average=True),
     "NNX BatchChannelNorm, frozen": NNX_NOT_ESTIMATED.called_with(update_stats=False),
     "NNX BatchChannelNorm with all options": NNX_NOT_ESTIMATED.made_with(
-        batch_epsilon=0.1, running_variance="unbiased", axis=1, num_groups=1, num_features=3
+        num_features=3,
+        num_groups=1,
+        axis=1,
+        batch_epsilon=0.1,
+        running_variance="unbiased",
+        dtype=jnp.bfloat16,
     ),
     "NNX WSDense": of_nnx("WSDense", **BETWEEN),
     "NNX WSDense in half precision": of_nnx("WSDense", **BETWEEN, dtype=jnp.bfloat16),
