@@ -52,21 +52,12 @@ of Flax. A transposed convolution of PyTorch with a window of `k` and
 `"VALID"`.
 
 Kernels whose features have several axes, those of `DenseGeneral` and attention, are misshapen by
-these rules. For them, and for other names and layouts, pass `rules` of your own:
+these rules. For them, and for other names, pass `rules` of your own: a parameter `w` that is the
+`weight` of PyTorch, with the layouts of a kernel, is
 
-    def of_heads(torch_shape, flax_shape, facts):
-        if len(flax_shape) != 3:
-            return kernel(torch_shape, flax_shape, facts)
-        return [
-            Layout(
-                "transposed, heads apart",
-                to_flax=lambda weight: weight.T.reshape(flax_shape),
-                to_torch=lambda kernel: kernel.reshape(torch_shape[::-1]).T,
-                torch_shape=lambda _: torch_shape,
-            )
-        ]
+    rules = {**RULES, ("params", "w"): Rule(("weight",), kernel)}
 
-    rules = {**RULES, ("params", "kernel"): Rule(("weight",), of_heads)}
+and `bcn_flax.parity` shows a function with layouts of its own, for attention.
 
 PyTorch is imported only to read and write its files: its tensors convert themselves.
 """
