@@ -1,15 +1,10 @@
-"""What was saved is found again, bit for bit, or is known to be damaged."""
+"""A checkpoint is restored bit for bit, or reported as damaged."""
 
 import json
 import os
 import random
 import resource
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from functools import cache
 from pathlib import Path
 
@@ -122,10 +117,10 @@ def damage_record(checkpoint):
     path.write_text(path.read_text().replace('"loss": 0.', '"loss": 7.'))
 
 
-# What is saved is found again
+# Restoring
 
 
-def test_nothing_is_found_where_nothing_was_saved(tmp_path):
+def test_an_empty_folder_has_no_checkpoint(tmp_path):
     with Checkpoints(tmp_path / "not" / "there") as checkpoints:
         assert checkpoints.latest(state_after(0)) is None
         assert checkpoints.best(state_after(0)) is None
@@ -141,7 +136,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
         assert_is(checkpoints.best(state_after(0)), 7)
 
 
-def test_a_relative_path_does(tmp_path, monkeypatch):
+def test_the_path_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Checkpoints(Path("here")) as checkpoints:
         monkeypatch.chdir("/")
@@ -190,7 +185,7 @@ def test_a_state_comes_back_on_other_devices(tmp_path):
     np.testing.assert_array_equal(found, np.arange(3))
 
 
-# What is kept
+# Which checkpoints are kept
 
 
 def test_the_newest_two_and_the_best_are_kept(tmp_path):
@@ -219,14 +214,14 @@ def test_of_equal_scores_the_later_is_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("score", [None, float("nan"), np.float32("nan")])
-def test_what_has_no_score_is_never_the_best(tmp_path, score):
+def test_a_checkpoint_without_a_score_is_never_the_best(tmp_path, score):
     scores = dict.fromkeys(range(1, 8), score) | {2: np.float32(-5)}
     with Checkpoints(saved(tmp_path, range(1, 8), scores)) as checkpoints:
         assert_is(checkpoints.best(state_after(0)), 2)
     assert steps_in(tmp_path) == [2, 6, 7]
 
 
-def test_where_nothing_has_a_score_nothing_is_best(tmp_path):
+def test_without_scores_there_is_no_best(tmp_path):
     with Checkpoints(saved(tmp_path)) as checkpoints:
         assert checkpoints.best(state_after(0)) is None
 
@@ -254,7 +249,7 @@ WAYS = {
 }
 
 
-def assert_found_out(folder, capfd):
+def assert_detected(folder, capfd):
     """The newest checkpoint was that of step 2, the one before it that of step 1."""
     with Checkpoints(folder) as checkpoints:
         assert_is(checkpoints.latest(state_after(0)), 1)
@@ -265,18 +260,18 @@ def assert_found_out(folder, capfd):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_damage_of_any_file_is_found_out(tmp_path, way, capfd):
+def test_damage_of_any_file_is_detected(tmp_path, way, capfd):
     origin = saved(tmp_path / "origin", scores={1: 0.1, 2: 0.2})
     for file in files_in(origin / "save_1"):
         folder = Path(shutil.copytree(origin, tmp_path / "copy"))
         path = folder / file.relative_to(origin)
         WAYS[way](path)
-        assert_found_out(folder, capfd)
+        assert_detected(folder, capfd)
         shutil.rmtree(folder)
 
 
 @pytest.mark.slow
-def test_a_flip_of_one_bit_anywhere_is_found_out(tmp_path, capfd):
+def test_a_flip_of_any_bit_is_detected(tmp_path, capfd):
     origin = saved(tmp_path / "origin", scores={1: 0.1, 2: 0.2})
     rng = random.Random(0)
     for file in files_in(origin / "save_1"):
@@ -286,7 +281,7 @@ def test_a_flip_of_one_bit_anywhere_is_found_out(tmp_path, capfd):
             values = bytearray(path.read_bytes())
             values[place] ^= 1 << rng.randrange(8)
             path.write_bytes(values)
-            assert_found_out(folder, capfd)
+            assert_detected(folder, capfd)
             shutil.rmtree(folder)
 
 
@@ -300,7 +295,7 @@ def test_a_folder_without_files_is_damage(tmp_path, part, capfd):
     assert f"damaged checkpoint {folder}/save_1" in capfd.readouterr().err
 
 
-def test_damage_is_told_and_kept_aside(tmp_path, capfd):
+def test_damage_is_reported_and_moved_aside(tmp_path, capfd):
     folder = saved(tmp_path)
     path = damage_values(folder / "save_1")
     before = contents(folder / "save_1")
@@ -336,7 +331,7 @@ def test_a_number_is_not_used_again_for_what_may_be_damaged_too(tmp_path):
     assert len(list((folder / "damaged").iterdir())) == 2
 
 
-def test_a_changed_record_is_told(tmp_path, capfd):
+def test_a_changed_record_is_reported(tmp_path, capfd):
     folder = saved(tmp_path)
     damage_record(folder / "save_1")
     with Checkpoints(folder) as checkpoints:
@@ -369,7 +364,7 @@ def test_a_damaged_best_among_what_has_no_score(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("damage", [damage_values, damage_record])
-def test_a_run_does_not_silently_start_anew_when_all_are_damaged(tmp_path, damage, capfd):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_again(tmp_path, damage, capfd):
     folder = saved(tmp_path, scores={1: 0.5})
     damage(folder / "save_0")
     damage(folder / "save_1")
@@ -392,7 +387,7 @@ def test_a_run_does_not_silently_start_anew_when_all_are_damaged(tmp_path, damag
         assert checkpoints.latest(state_after(0)) is None
 
 
-# Another state
+# Other states
 
 
 def other_state(**changes):
@@ -418,7 +413,7 @@ def test_a_checkpoint_of_another_state_is_no_damage(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_one_difference_is_told_as_one(tmp_path):
+def test_a_single_difference_is_reported(tmp_path):
     folder = saved(tmp_path, scores={1: 1.0})
     with Checkpoints(folder) as checkpoints:
         text = message(checkpoints.best, other_state(step=jnp.zeros(2, jnp.int32)))
@@ -479,7 +474,7 @@ def test_a_full_disk_costs_only_what_was_to_be_saved(tmp_path, full_disk, saves,
     assert capfd.readouterr() == ("", "")
 
 
-def test_where_orbax_cannot_write_nothing_is_lost(tmp_path, monkeypatch):
+def test_nothing_is_lost_if_orbax_cannot_write(tmp_path, monkeypatch):
     def fail(self, path, args):
         (path / "half of it").mkdir(parents=True)
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand a long story")
@@ -506,184 +501,8 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     )
 
 
-def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path):
+def test_metadata_that_is_not_json_is_refused_before_writing(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(TypeError, match="not JSON serializable"):
             checkpoints.save(1, state_after(1), {"x": object()})
         assert checkpoints.latest(state_after(0)) is None
-
-
-# Other processes
-
-CHILD = """
-import sys
-from pathlib import Path
-from parity_tests.test_training_checkpoints import Checkpoints, save, state_after
-
-folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-with Checkpoints(folder) as checkpoints:
-    for step in range(first, last):
-        save(checkpoints, step, score=-step)
-        print(step, flush=True)
-    if checkpoints.latest(state_after(0)).step != last - 1:
-        sys.exit("not found")
-"""
-
-
-def child(*args, code=CHILD):
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.slow
-def test_a_program_that_saves_prints_nothing_and_ends(tmp_path):
-    process = child(tmp_path, 0, 3)
-    assert process.communicate(timeout=60) == ("0\n1\n2\n", "")
-    assert process.returncode == 0
-
-
-def test_one_folder_is_for_one_run(tmp_path):
-    text = (
-        f"Only one run at a time may use {tmp_path}, but another one is using it. Wait until it "
-        "ends, stop it, or choose another folder."
-    )
-    with Checkpoints(tmp_path):
-        assert message(Checkpoints, tmp_path) == text
-        with Checkpoints(tmp_path / "another"):
-            pass
-    with Checkpoints(tmp_path):
-        pass
-
-
-def test_a_run_that_fails_lets_go_of_the_folder(tmp_path):
-    with pytest.raises(RuntimeError), Checkpoints(tmp_path):
-        raise RuntimeError
-    with Checkpoints(tmp_path):
-        pass
-
-
-def kill_while_it_saves(folder, first, seconds):
-    """The last step that was saved for sure."""
-    process = child(folder, first, 10**6)
-    line = process.stdout.readline()
-    # Another process, too, must keep out meanwhile.
-    assert "Only one run" in message(Checkpoints, folder)
-    time.sleep(seconds)
-    os.kill(process.pid, signal.SIGKILL)
-    lines = [line, *process.stdout]
-    process.communicate()
-    return int(lines[-1])
-
-
-def assert_all_is_well_after_a_kill(folder, first, last, capfd):
-    leftovers = [path.name for path in folder.iterdir()]
-    with Checkpoints(folder) as checkpoints:
-        found = checkpoints.latest(state_after(0))
-        assert last <= found.step <= last + 1
-        assert_is(found, found.step)
-        assert_is(checkpoints.best(state_after(0)), first)
-        save(checkpoints, found.step + 1)
-    names = {path.name for path in folder.iterdir()} - {".lock"}
-    expected = {first, found.step, found.step + 1}
-    assert set(steps_in(folder)) == expected
-    assert len(names) == len(expected), leftovers
-    assert capfd.readouterr().err == ""
-    return found.step + 2
-
-
-def test_a_run_killed_while_it_saves_loses_nothing_and_blocks_nothing(tmp_path, capfd):
-    last = kill_while_it_saves(tmp_path, 0, 0.5)
-    assert_all_is_well_after_a_kill(tmp_path, 0, last, capfd)
-
-
-@pytest.mark.slow
-def test_runs_killed_at_any_moment_lose_nothing(tmp_path, capfd):
-    rng = random.Random()
-    step = 0
-    for _ in range(5):
-        last = kill_while_it_saves(tmp_path, step, rng.uniform(0, 0.4))
-        step = assert_all_is_well_after_a_kill(tmp_path, 0, last, capfd)
-
-
-def test_leftovers_of_a_killed_run_are_cleared_away(tmp_path):
-    folder = saved(tmp_path)
-    for name in ("saving/state.orbax-checkpoint-tmp", "deleted/save_0"):
-        shutil.copytree(folder / "save_1" / "state", folder / name)
-    with Checkpoints(folder) as checkpoints:
-        assert_is(checkpoints.latest(state_after(0)), 2)
-    assert {path.name for path in folder.iterdir()} - {".lock"} == {"save_0", "save_1"}
-
-
-TOGETHER = """
-import sys
-from pathlib import Path
-import jax
-
-jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from training import TrainingError
-from training.checkpoints import Checkpoints
-from parity_tests.test_training_checkpoints import assert_same_bits, damage_values
-
-folder = Path(sys.argv[1])
-everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), ("data",)), PartitionSpec())
-
-
-def state(step):
-    data = jax.jit(lambda: jax.random.key_data(jax.random.key(step)), out_shardings=everywhere)()
-    x = jax.make_array_from_callback((5,), everywhere, lambda i: (np.arange(5.0) + step)[i])
-    return {"x": x, "key": jax.random.wrap_key_data(data), "n": np.full(3, step)}
-
-
-def here(tree):
-    return jax.tree.map(lambda leaf: leaf.addressable_data(1), (tree["x"], tree["key"]))
-
-
-def check(checkpoint, step):
-    assert checkpoint.step == step
-    assert checkpoint.state["x"].sharding == everywhere
-    assert_same_bits(here(checkpoint.state), here(state(step)))
-    assert (checkpoint.state["n"] == step).all()
-
-
-with Checkpoints(folder) as checkpoints:
-    for step in range(4):
-        checkpoints.save(step, state(step), {"step": step}, score=-step)
-    check(checkpoints.latest(state(9)), 3)
-    check(checkpoints.best(state(9)), 0)
-    try:
-        Checkpoints(folder)
-    except TrainingError as error:
-        print(error)
-if jax.process_index() == 0:
-    damage_values(folder / "save_3")
-with Checkpoints(folder) as checkpoints:
-    check(checkpoints.latest(state(9)), 2)
-    checkpoints.save(3, state(3), {})
-    check(checkpoints.latest(state(9)), 3)
-jax.distributed.shutdown()
-"""
-
-
-@pytest.mark.slow
-def test_processes_save_and_read_together(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [child(tmp_path, port, i, code=TOGETHER) for i in range(2)]
-    (out, err), (other_out, other_err) = (process.communicate(timeout=120) for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], err + other_err
-    assert f"Only one run at a time may use {tmp_path}" in out
-    assert "The first process of this run failed: see its message.\n" in other_out
-    assert err.count("damaged checkpoint") == 1
-    assert "damaged" not in other_err
-    assert steps_in(tmp_path) == [0, 2, 3]

@@ -157,7 +157,7 @@ def test_bad_values(options, text):
     assert not Path("runs").exists()
 
 
-def test_groups_do_not_matter_where_there_are_none():
+def test_groups_are_not_checked_for_norms_without_groups():
     assert configuration.resolve(Config(norm="bn", groups=12)).groups == 12
 
 

@@ -78,7 +78,7 @@ def test_a_folder_that_cannot_be_made(monkeypatch):
     )
 
 
-def test_a_folder_that_takes_no_files_is_found_out_before_the_compilation(monkeypatch):
+def test_a_folder_that_cannot_be_written_to_is_reported_before_compilation(monkeypatch):
     def refuse(path, text):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 

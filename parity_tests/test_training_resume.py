@@ -74,7 +74,7 @@ def whole(tmp_path_factory, compiled_once):
         (signal.SIGINT, 88),
     ],
 )
-def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(monkeypatch, whole, number, after):
+def test_a_run_stopped_by_a_signal_is_resumed_bit_for_bit(monkeypatch, whole, number, after):
     calls = []
     program = Trainer.step.func
 
@@ -101,7 +101,7 @@ def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(monkeypatch, whole, numb
     assert_same(outcome("run"), whole[1])
 
 
-def test_a_finished_run_goes_on_to_nothing(whole, capsys):
+def test_resuming_a_finished_run_changes_nothing(whole, capsys):
     folder, expected = whole
     last = train_cifar.main(config(folder, resume=True))
     assert last["epoch"] == 3
@@ -109,7 +109,7 @@ def test_a_finished_run_goes_on_to_nothing(whole, capsys):
     assert "resuming after step 264" in capsys.readouterr().out
 
 
-def test_without_a_run_to_go_on_with_one_begins():
+def test_resuming_without_a_run_starts_one():
     last = train_cifar.main(dataclasses.replace(SMALL, epochs=1, resume=True))
     assert last["epoch"] == 1
     (folder,) = Path("runs").iterdir()
@@ -117,7 +117,7 @@ def test_without_a_run_to_go_on_with_one_begins():
     assert list(Path("runs").iterdir()) == [folder]
 
 
-def test_another_run_does_not_go_on_in_its_place(whole):
+def test_a_run_with_other_settings_is_not_resumed(whole):
     folder, expected = whole
     with pytest.raises(TrainingError) as caught:
         train_cifar.main(config(folder, resume=True, seed=1, norm="bn"))
@@ -139,7 +139,7 @@ def test_the_last_and_the_best_checkpoint_are_evaluated(whole, capsys):
     assert printed[1].startswith("best (step ")
 
 
-def test_a_picture_is_seen_as_in_training(whole, capsys):
+def test_a_picture_is_classified_as_in_training(whole, capsys):
     image = data.digits().test.images[:1]
     chosen = config(whole[0])
     recipe = resolve(chosen)
@@ -159,13 +159,13 @@ def test_a_picture_is_seen_as_in_training(whole, capsys):
 
 
 @pytest.mark.parametrize(("mode", "size"), [("RGB", (80, 80)), ("RGBA", (8, 20)), ("P", (8, 8))])
-def test_pictures_of_any_kind_and_size_are_taken(mode, size):
+def test_pictures_of_any_mode_and_size_are_read(mode, size):
     PIL.Image.new(mode, size).save("picture.png")
     assert data.read_picture(Path("picture.png"), (8, 8, 1)).shape == (8, 8, 1)
     assert data.read_picture(Path("picture.png"), (32, 32, 3)).shape == (32, 32, 3)
 
 
-def test_what_is_no_picture_or_no_run_is_said(whole):
+def test_a_missing_picture_or_run_is_reported(whole):
     Path("text.png").write_text("no picture")
     for name, error in (
         ("text.png", "cannot identify image file '.*text.png'"),
@@ -178,7 +178,7 @@ def test_what_is_no_picture_or_no_run_is_said(whole):
             train_cifar.main(Config(output=Path("nowhere"), **options))
 
 
-def test_a_damaged_configuration_is_said(whole):
+def test_a_damaged_configuration_is_reported(whole):
     Path("run").mkdir()
     Path("run/config.json").write_text("{")
     with pytest.raises(TrainingError, match=r"Cannot read run/config\.json, which holds"):
@@ -206,7 +206,7 @@ def training(folder):
 
 
 @pytest.mark.slow
-def test_killed_at_20_random_moments_the_run_ends_as_if_it_had_not_been(tmp_path, whole):
+def test_a_run_killed_at_20_random_moments_ends_as_if_never_killed(tmp_path, whole):
     """From the first line of the table on: saves, evaluations and the ends of epochs included."""
     rng = random.Random(0)
     folder = tmp_path / "killed"

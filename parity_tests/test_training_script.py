@@ -268,7 +268,7 @@ def test_smoothed_labels_leave_a_loss_where_the_network_is_sure():
     np.testing.assert_allclose(train_cifar.cross_entropy(logits, labels, 0.1), [5.0], rtol=1e-6)
 
 
-def test_a_resnet_is_trained_where_one_is_asked_for():
+def test_network_resnet_makes_a_resnet():
     config = Config(network="resnet", depth=32, norm="gn", dtype="bfloat16")
     recipe = configuration.resolve(config)
     model = train_cifar.make_model(config, recipe, 100)

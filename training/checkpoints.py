@@ -265,7 +265,8 @@ def _move(path: Path, folder: Path) -> None:
 def _commit(saving: Path, path: Path, record: _Record) -> None:
     """Complete a checkpoint, and rename it, which cannot be interrupted halfway."""
     (saving / _RECORD).write_text(json.dumps(record._asdict(), indent=2))
-    (saving / _SUMS).write_text("\n".join(sorted(_sums(saving))))
+    sums = sorted(_sums(saving), key=lambda line: line.partition("  ")[2])
+    (saving / _SUMS).write_text("\n".join(sums))
     saving.rename(path)
 
 
