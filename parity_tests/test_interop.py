@@ -144,6 +144,11 @@ def test_a_tied_tensor_needs_no_leaf_of_its_own_and_stays_tied():
         match.to_flax({**state_dict, "head.weight": state_dict["head.weight"] + 1})
 
 
+def test_the_tensor_that_has_a_leaf_may_come_after_the_one_that_is_tied_to_it():
+    state_dict = dict(reversed(TiedTorch(tied=True).state_dict().items()))
+    assert interop.match(state_dict, SHARED).tied == {"head.weight": "embed.weight"}
+
+
 def test_a_tensor_that_only_equals_another_is_unexpected():
     module = TiedTorch(tied=False)
     module.head.weight.data = module.embed.weight.data.clone()

@@ -228,6 +228,11 @@ def test_only_modules_of_the_same_leaves_and_shapes_are_proposed():
     assert "params/d" not in text
 
 
+def test_a_module_with_more_tensors_is_not_proposed():
+    text = message({**at("a"), "a.gain": np.ones(2), **at("b")}, variables("d"))
+    assert text.endswith('names={\n    "b": "d",\n}')
+
+
 def test_paths_may_contain_the_name_of_a_wrapper_or_not():
     like = {"params": {"head": LEAVES, "up": {"kernel": jnp.ones((3, 3, 4, 4))}}}
     state_dict = {**at("net.fc"), "net.up.weight": np.ones((4, 4, 3, 3))}

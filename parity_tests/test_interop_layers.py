@@ -166,7 +166,7 @@ def test_a_torch_module_declares_transposed_convolutions_but_not_transpose_kerne
     assert "flipped" not in str(interop.match(autoencoder(), like, transposed={"up": True}))
 
 
-def test_both_sides_must_agree_which_convolutions_are_transposed():
+def test_both_modules_must_agree_which_convolutions_are_transposed():
     like = nnx.Conv(4, 4, (3, 3), rngs=nnx.Rngs(0))
     module = torch.nn.ConvTranspose2d(4, 4, 3)
     expected = "of weight, PyTorch's module says transposed=True, Flax's module says "
