@@ -132,7 +132,10 @@ NNX_NORMS = {
 }
 NNX = {
     "NNX EstimatedBatchNorm": of_nnx(
-        "EstimatedBatchNorm", num_features=C, use_running_average=False
+        "EstimatedBatchNorm",
+        num_features=C,
+        use_running_average=False,
+        running_variance="around_running_mean",
     ),
     **NNX_NORMS,
     "NNX BatchChannelNorm in evaluation": NNX_ESTIMATED.called_with(use_running_average=True),
