@@ -430,6 +430,18 @@ def torch_layer_norm():
     )
 
 
+class FlaxCell(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(x), None
+
+
+def flax_scan(_, x):
+    """The outputs of the cells have no values outside of the scan."""
+    x, _ = nn.scan(FlaxCell, length=2)(name="cells")(x, None)
+    return nn.Dense(3, name="out")(x)
+
+
 class Difference(NamedTuple):
     """Two modules that differ, where they first do, and the beginnings of the hints."""
 
@@ -532,6 +544,14 @@ DIFFERENCES = {
         "evaluation",
         {"output"},
         [FIRST_MODULE],
+        EVALUATION,
+    ),
+    "formula after a scan": Difference(
+        Flax(flax_scan),
+        Torch(lambda self, x: self.out(torch.tanh(x)), out=torch.nn.Linear(5, 3)),
+        "evaluation",
+        {"output"},
+        ["In evaluation and training, the first module whose output differs is out."],
         EVALUATION,
     ),
     "formula of NNX": Difference(

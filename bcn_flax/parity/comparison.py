@@ -147,22 +147,22 @@ def compare(
     probe = wide.probe(first)
     _refuse_random_numbers(probe)
     _require_comparable_outputs(probe)
-    errors = judging.precisions(native, plan, precision)
+    precisions = judging.find_precisions(native, plan, precision)
     narrowing = [] if native.flax.wide or oracle else probe.narrowing
     rows = judging.initial_weights(native) if weights == "own" else []
     misshapen = judging.different_shapes(probe)
     rows += misshapen
     if not misshapen:
-        made = judging.implementations(
+        implementations = judging.make_implementations(
             native,
             wide,
             optimizer or sgd(),
-            errors,
+            precisions,
             eager=eager,
             oracle=oracle,
             compare_wide=not (native.flax.wide or oracle or narrowing),
         )
-        rows += judging.compare_phases(plan, native, made, errors, tolerances, rng)
+        rows += judging.compare_phases(plan, native, implementations, precisions, tolerances, rng)
     hints = list(different_settings(probe))
     if not all(row.passed for row in rows):
         hints = explanations(wide, probe, hints, rows)

@@ -130,7 +130,9 @@ class Precisions(NamedTuple):
     wide: Precision
 
 
-def precisions(native: ModulePair, plan: Sequence[Phase], demanded: DTypeLike | None) -> Precisions:
+def find_precisions(
+    native: ModulePair, plan: Sequence[Phase], demanded: DTypeLike | None
+) -> Precisions:
     """The precision of the modules and inputs, or a higher one that the caller demands.
 
     Raises:
@@ -160,11 +162,11 @@ def _largest_reduction(values: Sequence[Any]) -> int:
     return max((math.prod(s) // max(1, min(s[0], s[-1])) for s in shapes), default=1)
 
 
-def implementations(
+def make_implementations(
     native: ModulePair,
     wide: ModulePair,
     optimizer: Optimizer,
-    errors: Precisions,
+    precisions: Precisions,
     *,
     eager: bool,
     oracle: Oracle | None,
@@ -176,7 +178,7 @@ def implementations(
         native: the modules as they are.
         wide: the modules in float64.
         optimizer: of all.
-        errors: by which to perturb.
+        precisions: of the modules, by whose errors to perturb.
         eager: whether to run Flax eagerly too.
         oracle: see `compare`.
         compare_wide: whether to compare in float64.
@@ -190,7 +192,7 @@ def implementations(
         made[ORACLE] = oracle(wide.flax.variables)
     if compare_wide:
         made[FLAX_64] = wide.new_flax_side(optimizer)
-    for precision in errors if compare_wide else errors[:1]:
+    for precision in precisions if compare_wide else precisions[:1]:
         for name, sign in zip(precision.perturbed, (1, -1), strict=True):
             made[name] = wide.new_torch_side(optimizer, perturbation=sign * precision.error)
     return made
@@ -223,8 +225,8 @@ def different_shapes(probe: Probe) -> list[Row]:
 def compare_phases(
     plan: Sequence[Phase],
     native: ModulePair,
-    made: Mapping[str, Implementation],
-    errors: Precisions,
+    implementations: Mapping[str, Implementation],
+    precisions: Precisions,
     tolerances: Sequence[Tolerance],
     rng: np.random.Generator,
 ) -> list[Row]:
@@ -233,8 +235,8 @@ def compare_phases(
     Args:
         plan: the phases.
         native: the modules as they are.
-        made: the implementations.
-        errors: the precision of the arithmetic.
+        implementations: by name.
+        precisions: of the modules.
         tolerances: the caller's.
         rng: for the output gradients.
 
@@ -243,9 +245,9 @@ def compare_phases(
     """
     rows: list[Row] = []
     # How far the perturbed implementations have moved at most: they may come back by chance.
-    moved: dict[Precision, dict[Name, float]] = {precision: {} for precision in errors}
+    moved: dict[Precision, dict[Name, float]] = {precision: {} for precision in precisions}
     for phase in plan:
-        seen = _observe(phase, native, made, rng)
+        seen = _observe(phase, native, implementations, rng)
         for precision, largest in moved.items():
             for perturbed in (seen[name] for name in precision.perturbed if name in seen):
                 for name, distance in largest_differences(seen[TORCH_64], perturbed).items():
@@ -270,7 +272,7 @@ def _require_matches(tolerances: Sequence[Tolerance], rows: Sequence[Row]) -> No
 def _observe(
     phase: Phase,
     native: ModulePair,
-    made: Mapping[str, Implementation],
+    implementations: Mapping[str, Implementation],
     rng: np.random.Generator,
 ) -> dict[str, Observation]:
     outputs = native.flax.output_shapes(phase.inputs, phase.train)
@@ -280,7 +282,7 @@ def _observe(
         name: implementation(phase.inputs, gradients, phase.train)
         if name in _NATIVE
         else implementation(wide_inputs, wide_gradients, phase.train)
-        for name, implementation in made.items()
+        for name, implementation in implementations.items()
     }
 
 
