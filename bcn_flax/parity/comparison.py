@@ -85,7 +85,7 @@ def compare(
     and eagerly, and both are compared with PyTorch. Neither module is changed.
 
     The allowed error follows from the dtype, the size of the reductions, and how the model
-    amplifies rounding errors: see `bcn_flax.parity.errors`. Array that are not finite must be the
+    amplifies rounding errors: see `bcn_flax.parity.errors`. Values that are not finite must be the
     same, at the same places.
 
     The same comparison is made of both modules in float64. If they agree there, float64 is the

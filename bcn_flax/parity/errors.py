@@ -74,7 +74,7 @@ def narrowest(dtypes: Iterable[DTypeLike]) -> np.dtype[Any]:
 def error(actual: Array, expected: Array, dtype: DTypeLike) -> Error:
     """Measure how far `actual` is from `expected`, in ulps of `dtype`.
 
-    Array that are not finite must be the same in both arrays, at the same places; they do not
+    Values that are not finite must be the same in both arrays, at the same places; they do not
     count in the errors.
     """
     if actual.shape != expected.shape:
