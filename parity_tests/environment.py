@@ -6,6 +6,10 @@ import jax
 
 DEVICES = 8
 
+# A flag for XLA. A device that waits longer than this for the others ends the process: 40 seconds by
+# default, which a busy machine exceeds.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+
 # Flags for XLA. LLVM's optimizations take most of the time, and after them the emitters of fused
 # kernels, which can be replaced by a simpler one before JAX 0.11.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=0" + (
@@ -21,4 +25,5 @@ def prepare() -> None:
     # A device that waits for the others blocks a thread. XLA has one thread per core, or as many as
     # this sets. With fewer threads than devices, the devices may wait for each other forever.
     os.environ.setdefault("NPROC", str(DEVICES))
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT}"
     jax.config.update("jax_numpy_rank_promotion", "raise")
