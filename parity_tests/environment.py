@@ -6,8 +6,8 @@ import jax
 
 DEVICES = 8
 
-# A flag for XLA. A device that waits longer than this for the others ends the process: 40 seconds by
-# default, which a busy machine exceeds.
+# A flag for XLA. A device that waits longer than this for the others ends the process. By default
+# it is 40 seconds, which a busy machine exceeds.
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 # Flags for XLA. LLVM's optimizations take most of the time, and after them the emitters of fused
