@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from bcn_flax.interop import Match, layouts, match, trees
+from bcn_flax.interop import Match, layouts, match
 from bcn_flax.interop.layouts import Array, Path
 from bcn_flax.interop.trees import Variables
 from bcn_flax.parity import torch_side
@@ -21,7 +21,7 @@ from bcn_flax.parity.flax_side import (
     Module,
     flax_model,
 )
-from bcn_flax.parity.protocol import Optimizer, float64_enabled, to_float64
+from bcn_flax.parity.protocol import Optimizer, float64_enabled, observation, to_float64
 from bcn_flax.parity.torch_side import AXES, Axes, TorchRun, TorchSide
 
 Weights = Literal["torch", "flax", "own", "random"]
@@ -116,11 +116,8 @@ class ModulePair(NamedTuple):
             PairedModule(path, flax.get(path), name, torch[name])
             for path, name in self._counterparts().items()
         ]
-        constants = [
-            layouts.path_name(path[1:])
-            for path, x in trees.flax_leaves(self.flax.variables).items()
-            if np.size(x) > 1 and np.all(np.asarray(x) == np.ravel(x)[0])
-        ]
+        weights = observation({}, {}, {}, self.flax.variables)
+        constants = [n.path for n, x in weights.items() if x.size > 1 and (x == x.flat[0]).all()]
         return Probe(inputs, calls, modules, constants)
 
     def new_flax_side(self, optimizer: Optimizer, *, jit: bool = True) -> FlaxSide:
