@@ -447,8 +447,25 @@ def clamp_large(rest, z, y):
     return rest(z if small(y) else z.clamp(-1, 1))
 
 
+def detections(threshold):
+    """What a detector returns: the scores above a threshold, of which the example has none."""
+
+    def call(m, x):
+        y = m.a(x)
+        score = m.nb(m.b(abs(m.na(y)) + y)).amax(1)
+        return score[score > threshold]
+
+    return call
+
+
 # A PyTorch model is any Python: it may look at values, and return anything.
 TORCH_GRAPHS = {
+    "detections": Graph(TWO, detections(1e9), "nb", detections(0)),
+    "both twice": Graph(ONE, lambda m, x: m.norm(m.conv(m.norm(m.conv(x)))), "norm"),
+    "a norm twice, once of a sum": Graph(
+        {**ONE, "b": CONV}, lambda m, x: m.b(m.norm(m.norm(m.conv(x)) + x))
+    ),
+    "a convolution twice, once alone": one(lambda m, x, y: m.norm(y) + m.conv(x + 1)),
     "changed in place": one(lambda m, x, y: m.norm(y.relu_())),
     "one norm or another": Graph(
         {**ONE, "b": BCN}, lambda m, x: (lambda y: (m.norm if small(y) else m.b)(y))(m.conv(x))

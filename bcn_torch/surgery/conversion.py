@@ -122,8 +122,14 @@ def _read_by(
     norms: set[_BatchNorm], model: nn.Module, example_inputs: Sequence[Any]
 ) -> set[_ConvNd]:
     """The convolutions whose outputs these norms read."""
-    seen = observe(model, example_inputs, STANDARDIZED, lambda m: isinstance(m, _BatchNorm))
-    return {layer for layer, norm in seen.pairs if norm in norms and isinstance(layer, _ConvNd)}
+    flow = observe(
+        model,
+        example_inputs,
+        lambda m: type(m) in STANDARDIZED,
+        lambda m: isinstance(m, _BatchNorm),
+    )
+    sources = chain.from_iterable(flow.sources.get(norm, ()) for norm in norms)
+    return {layer for layer in sources if isinstance(layer, _ConvNd)}
 
 
 def _last_defined_before(norms: set[_BatchNorm], model: nn.Module) -> set[_ConvNd]:

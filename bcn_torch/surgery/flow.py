@@ -1,158 +1,219 @@
-"""Which norm reads which layer's output: seen while the model runs on an example."""
+"""Which modules read a layer's output: seen while the model runs on an example, once."""
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+import gc
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import chain
-from numbers import Number
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bcn_torch.norms import BatchChannelNorm
 
-Observe = Callable[..., "Observation"]
+# Functions, methods and attributes that depend on a tensor's type and shape, not on its values.
+METADATA = {
+    *("shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "__len__"),
+    *("stride", "storage_offset", "element_size", "itemsize", "nbytes", "names", "layout"),
+    *("dtype", "device", "get_device", "is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta"),
+    *("is_floating_point", "is_complex", "is_contiguous", "is_sparse", "is_quantized", "is_nested"),
+    *("is_mkldnn", "is_inference", "is_leaf", "requires_grad", "grad_fn", "result_type"),
+    *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+    *("new_zeros", "new_ones", "new_full", "new_empty"),
+}
 
 
-class Observation(NamedTuple):
-    """The calls of layers and norms in one run of a model.
+class Flow(NamedTuple):
+    """Who reads what, in one run of a model.
 
     Attributes:
-        output: of the model.
-        pairs: each call of a norm on the very output of a layer, as (layer, norm).
-        calls: how often each of the layers and norms ran.
+        readers: of the outputs of each layer that ran: the norms that were called on the very
+            output; None stands for everything else, be it an operation or the model's caller.
+        sources: of the inputs of each norm that ran: the layers whose very output they were; None
+            stands for everything else.
     """
 
-    output: Any
-    pairs: list[tuple[nn.Module, nn.Module]]
-    calls: Counter[nn.Module]
+    readers: dict[nn.Module, set[nn.Module | None]]
+    sources: dict[nn.Module, set[nn.Module | None]]
 
-    def one_to_one(self) -> dict[nn.Module, Any]:
-        """The norm after each layer, if both ran once and neither has another partner."""
-        partners = Counter(chain.from_iterable(self.pairs))
+    def sole_readers(self) -> dict[nn.Module, nn.Module]:
+        """The norm after each layer, if it alone reads the layer and reads nothing else."""
         return {
             layer: norm
-            for layer, norm in self.pairs
-            if all(partners[m] == self.calls[m] == 1 for m in (layer, norm))
+            for layer, readers in self.readers.items()
+            for norm in readers
+            if norm is not None and readers == {norm} and self.sources[norm] == {layer}
         }
 
 
 def observe(
     model: nn.Module,
     example_inputs: Sequence[Any],
-    layers: Collection[type[nn.Module]],
+    is_layer: Callable[[nn.Module], bool],
     is_norm: Callable[[nn.Module], bool],
-    replace: Callable[[nn.Module, Tensor], Tensor] = lambda layer, y: y,
-) -> Observation:
-    """Run a copy of the model in evaluation, and record which layers feed which norms.
+) -> Flow:
+    """Run a copy of the model once, in evaluation, and see where the outputs of layers go.
 
-    Every run starts from the current random state, and does not change it.
+    The random state does not change.
 
     Args:
         model: any module; it is not changed.
         example_inputs: its positional arguments; they are not changed either.
-        layers: the types of the layers. Subclasses are not meant.
-        is_norm: whether a module is one of the norms.
-        replace: returns what to use as the output of a layer, given the layer and its output, for
-            every reader except the norms that are called on it.
+        is_layer: whether a module is one of the layers, which have a weight.
+        is_norm: whether a module is one of the norms. Norms inside a `BatchChannelNorm` are parts
+            of that one.
     """
-    calls: Counter[nn.Module] = Counter()
-    outputs: dict[tuple[int, int], tuple[nn.Module, Tensor, Tensor]] = {}
-    pairs: list[tuple[nn.Module, nn.Module]] = []
     observed = copy.deepcopy(model).eval()
     original = dict(zip(observed.modules(), model.modules(), strict=True))
+    reads = _Reads()
 
-    def after_layer(layer: Any, _: Any, y: Tensor) -> Tensor:
-        calls[original[layer]] += 1
-        # With channels at axis 1: a batch, and of a linear layer nothing more than that.
-        if y.dim() != layer.weight.dim():
-            return y
-        z = replace(original[layer], y)
-        # Kept alive, or another tensor could get its id. The version counts changes in place.
-        outputs[id(z), z._version] = original[layer], y, z
-        return z
+    def after_layer(layer: Any, _: Any, y: Any) -> None:
+        reads.register(original[layer], y, layer.weight.dim())
 
-    def before_norm(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        calls[original[norm]] += 1
-        (x,) = (*args, *kwargs.values())
-        if (id(x), x._version) not in outputs:
-            return None
-        layer, y, _ = outputs[id(x), x._version]
-        pairs.append((layer, original[norm]))
-        return (y,), {}
+    def before_norm(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = [] if norm.training else [*args, *kwargs.values()]
+        reads.enter(original[norm], inputs[0] if len(inputs) == 1 else None)
+
+    def after_norm(*_: Any) -> None:
+        reads.given.pop()
 
     inner = {m.batch_norm for m in observed.modules() if isinstance(m, BatchChannelNorm)}
     devices = {t.device for t in chain(observed.parameters(), observed.buffers()) if t.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices), ExitStack() as hooks:
         for module in observed.modules():
-            # A subclass may do more than the layer that it would become.
-            if type(module) in layers:
+            if is_layer(module):
                 hooks.callback(module.register_forward_hook(after_layer).remove)
             if is_norm(module) and module not in inner:
-                hook = module.register_forward_pre_hook(before_norm, with_kwargs=True)
-                hooks.callback(hook.remove)
+                before = module.register_forward_pre_hook(before_norm, with_kwargs=True)
+                hooks.callback(before.remove)
+                after = module.register_forward_hook(after_norm, always_call=True)
+                hooks.callback(after.remove)
         tensors = {id(x): x.clone() for x in example_inputs if isinstance(x, Tensor)}
-        output = observed(*copy.deepcopy(example_inputs, tensors))
-    return Observation(output, pairs, calls)
+        inputs = copy.deepcopy(example_inputs, tensors)
+        with _Operations(reads), _Functions(reads):
+            output = observed(*inputs)
+    # What is alive now is part of the model's output, or was stored somewhere.
+    if reads.alive:
+        gc.collect()
+    reads.read([*reads.alive])
+    del output
+    return Flow(reads.readers, reads.sources)
 
 
-def sole_readers(observe: Observe, candidates: Collection[nn.Module]) -> dict[nn.Module, Any]:
-    """The norm after each candidate, if nothing but that norm reads the layer's output.
+class _Reads:
+    """The outputs of layers that are alive, and what has read them so far.
 
-    To every other reader the output is replaced, first by NaN and then by large random numbers. If
-    the model still returns the same, there is no other reader.
+    An output is known by its storage, which every alias shares: `nn.Parameter(y)` makes one unseen.
 
-    Args:
-        observe: runs the model, with the argument `replace` of `observe` if there is one.
-        candidates: the layers to look at.
+    Attributes:
+        alive: the storages.
+        given: those of the inputs of the norms that are running, None for an input that is not the
+            very output of a layer. A norm may read its input, whatever it does.
     """
-    seen = observe()
 
-    def unread(layers: Collection[nn.Module], values: Callable[[Tensor], Tensor]) -> bool:
+    def __init__(self) -> None:
+        self.readers: dict[nn.Module, set[nn.Module | None]] = {}
+        self.sources: dict[nn.Module, set[nn.Module | None]] = defaultdict(set)
+        self.alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
+        self.given: list[int | None] = []
+        self._outputs: dict[int, tuple[nn.Module, ref[Tensor]]] = {}
+
+    def register(self, layer: nn.Module, y: Any, dim: int) -> None:
+        """Watch the output of a layer."""
+        readers = self.readers.setdefault(layer, set())
+        storage = _storage(y)
+        # With channels at axis 1: a batch, and of a linear layer nothing more than that.
+        if storage is None or y.dim() != dim:
+            readers.add(None)
+        else:
+            self.alive[storage._cdata] = storage
+            self._outputs[storage._cdata] = layer, ref(y)
+
+    def enter(self, norm: nn.Module, x: Any) -> None:
+        """Note that a norm is called on `x`, and may read it from now on."""
+        layer, storage = None, _storage(x)
+        if storage is not None and storage._cdata in self.alive:
+            watched, output = self._outputs[storage._cdata]
+            if output() is x:
+                layer = watched
+                self.readers[layer].add(norm)
+        self.sources[norm].add(layer)
+        self.given.append(None if layer is None or storage is None else storage._cdata)
+
+    def storages(self, function: Any, arguments: Any) -> dict[int, Any]:
+        """The outputs that a function reads, if it reads its arguments, by their storages."""
+        if isinstance(function, HigherOrderOperator):
+            # It calls functions, which may have a closure.
+            return dict(self.alive)
+        if _name(function) in METADATA:
+            return {}
+        stored = [(storage._cdata, x) for x in tree_leaves(arguments) if (storage := _storage(x))]
+        return {key: x for key, x in stored if key in self.alive and key not in self.given}
+
+    def read(self, storages: Iterable[int]) -> None:
+        """Note that something other than a norm reads these outputs."""
+        for key in storages:
+            self.readers[self._outputs[key][0]].add(None)
+
+
+class _Functions(TorchFunctionMode):
+    """Sees every function of PyTorch that is called from Python.
+
+    Some read a tensor's memory without an operation: `numpy`, `tolist`, `data_ptr`. But one that
+    returns its argument itself, as dropout does in evaluation, has read nothing; if it has written,
+    an operation did so.
+    """
+
+    def __init__(self, reads: _Reads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        storages = self.reads.storages(func, (args, kwargs))
+        result = func(*args, **kwargs or {})
+        self.reads.read([s for s, x in storages.items() if x is not result])
+        return result
+
+
+class _Operations(TorchDispatchMode):
+    """Sees every operation, also of compiled code, that no function of PyTorch stands for."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, reads: _Reads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.reads.read(self.reads.storages(func, (args, kwargs)))
+        return func(*args, **kwargs or {})
+
+
+def _name(function: Any) -> str:
+    """Of an attribute's getter, the attribute's; of an operation, without its overload."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        return getattr(function.__self__, "__name__", "")
+    return name.partition(".")[0]
+
+
+def _storage(x: Any) -> torch.UntypedStorage | None:
+    """The memory of a tensor; None if `x` is no tensor or has none."""
+    if not isinstance(x, Tensor):
+        return None
+    with torch._C.DisableTorchFunction():
         try:
-            again = observe(replace=lambda layer, y: values(y) if layer in layers else y)
-            return again[1:] == seen[1:] and _same(again.output, seen.output)
-        except Exception:  # Any code of the model may fail on such values.
-            return False
-
-    def only_norm_reads(layers: Collection[nn.Module]) -> bool:
-        # A computation passes NaN on; a comparison may hide it, but not the random numbers.
-        return unread(layers, lambda y: torch.full_like(y, torch.nan)) and unread(layers, _noise())
-
-    norm_after = {x: norm for x, norm in seen.one_to_one().items() if x in candidates}
-    if only_norm_reads(norm_after):
-        return norm_after
-    alone: dict[nn.Module, Any] = {}
-    for layer, norm in norm_after.items():
-        if only_norm_reads({*alone, layer}):
-            alone[layer] = norm
-    return alone
-
-
-def _noise() -> Callable[[Tensor], Tensor]:
-    """Large random numbers in place of a tensor, others in each call."""
-    generator = torch.Generator().manual_seed(0)
-
-    def like(y: Tensor) -> Tensor:
-        noise = torch.randn(y.shape, generator=generator, device="cpu", dtype=torch.float32)
-        return torch.empty_like(y).copy_(1e4 * noise)
-
-    return like
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two outputs of a model are equal in all that they hold, NaN to NaN too."""
-    if a is b:
-        return True
-    if isinstance(a, Number) or hasattr(a, "__array__"):
-        a, b = torch.as_tensor(a), torch.as_tensor(b)
-        return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if hasattr(a, "__dict__"):
-        return type(a) is type(b) and _same(vars(a), vars(b))
-    return bool(a == b)
+            return x.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return None

@@ -1,20 +1,29 @@
 """Fold norms and standardized weights into plain weights."""
 
-from functools import partial
-from typing import Any
+import copy
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bcn_torch.norms import BatchChannelNorm, BatchNorm, EstimatedBatchNorm
-from bcn_torch.surgery.flow import observe, sole_readers
-from bcn_torch.surgery.replacement import PLAIN, STANDARDIZED, Layer, copy_with, rebuild
+from bcn_torch.surgery.flow import observe
+from bcn_torch.surgery.replacement import PLAIN, STANDARDIZED, copy_with, rebuild
 from bcn_torch.weight_standardization import WSLayer, standardize_weight
-
-Norm = BatchNorm | BatchChannelNorm
 
 LAYERS = (*STANDARDIZED, nn.Linear, *PLAIN)
 NORMS = (BatchNorm, EstimatedBatchNorm, BatchChannelNorm)
+# What a batch norm of another library has, whatever its class is.
+BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "eps")
+
+
+class AffineMap(NamedTuple):
+    """A batch norm in evaluation, in float64: `scale * (x - mean) / deviation + shift`."""
+
+    mean: Tensor
+    deviation: Tensor
+    scale: Tensor
+    shift: Tensor
 
 
 @torch.inference_mode(False)
@@ -29,20 +38,29 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
         weight = factor * weight
         bias = factor * (bias - exp_mean) + shift
 
-    So a `WSConv` or `WSLinear` becomes PyTorch's own layer, with the standardized weight. A
-    `BatchNorm` or `EstimatedBatchNorm` after such a layer, or after PyTorch's own, is folded into
-    it and replaced by `torch.nn.Identity`; of a `BatchChannelNorm` the `ChannelNorm` stays. The
-    weights are computed in float64 and rounded once, to the weight's dtype.
+    So a `WSConv` or `WSLinear` becomes PyTorch's own layer, with the standardized weight. A batch
+    norm after such a layer, or after PyTorch's own, is folded into it and replaced by
+    `torch.nn.Identity`; of a `BatchChannelNorm` the `ChannelNorm` stays. The weights are computed
+    in float64 and rounded once, to the weight's dtype.
 
-    The layer before each norm is found by running the model on the example, in evaluation. The norm
-    is folded if its input is the output of the layer itself, both run once, and nothing else reads
-    that output: the model returns the same, bit for bit, if every other reader is given NaN or
-    large random numbers instead. Everything else is left unchanged. So of the example only the path
-    that it takes through the model matters, not its values. Layers whose weight is computed by a
-    parametrization or a hook are left unchanged too.
+    Batch norms are `BatchNorm` and `EstimatedBatchNorm`, and every other module that has `weight`,
+    `bias`, `running_mean`, `running_var` and `eps` and in evaluation computes just the map above,
+    which is tried on random numbers: `torch.nn.BatchNorm2d` (1d, 3d, Sync), for example, or
+    torchvision's `FrozenBatchNorm2d`.
 
-    The model must call its layers and norms: a forward that reads their weights itself would find
-    other ones. Hooks of replaced modules are not carried over.
+    The model runs on the example once, in evaluation. A norm is folded if all its inputs are the
+    very outputs of one layer, and nothing else reads these: no operation, also on a view of them,
+    and nobody to whom the model returns them or who finds them stored. Everything else is left
+    unchanged.
+
+    So the example must be such that all of the model runs that will run later: the branches that
+    depend on an input's shape, or on values that the model turns into Python's. Its values do not
+    matter otherwise, not those of a mask or a threshold either. What reads an output unseen is code
+    in another thread, and code that is given the address of the memory.
+
+    Layers whose weight is computed by a parametrization are left unchanged, and layers and norms
+    that have forward hooks. The model must call its layers and norms: a forward that reads their
+    weights itself would find other ones.
 
     Args:
         model: any module. It is not changed; the copy is in evaluation.
@@ -62,38 +80,96 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
           (1): ChannelNorm(64, groups=32, eps=1e-05, affine=True)
         )
     """
-    layers = [m for m in model.modules() if isinstance(m, Layer) and "weight" in m._parameters]
-    run = partial(observe, model, example_inputs, LAYERS, lambda m: type(m) in NORMS)
-    norm_after = sole_readers(run, layers)
+    found = observe(model, example_inputs, _is_layer, _is_norm).sole_readers()
+    affine_maps = {
+        layer: affine_map
+        for layer, norm in found.items()
+        if (affine_map := _affine_map(norm, dim=layer.get_parameter("weight").dim()))
+    }
     replacements: dict[nn.Module, nn.Module] = {
-        layer: _folded(layer, norm_after.get(layer))
-        for layer in layers
-        if layer in norm_after or type(layer) in PLAIN
+        layer: _folded(layer, affine_maps.get(layer))
+        for layer in model.modules()
+        if layer in affine_maps or (type(layer) in PLAIN and _is_layer(layer))
     }
     if not replacements:
         raise ValueError(
-            "The model must have something to fold, a standardized weight, or a batch norm of "
-            "bcn_torch that alone uses the output of a convolution or linear layer, but on the "
-            "example there was neither. Convert the norms of torch.nn with convert_batch_norm."
+            "The model must have something to fold, a standardized weight, or a batch norm that "
+            "alone uses the output of a convolution or linear layer, but on the example there was "
+            "neither. Give an example on which every branch of the model runs."
         )
-    for norm in norm_after.values():
-        is_bcn = isinstance(norm, BatchChannelNorm)
-        replacements[norm] = norm.channel_norm if is_bcn else nn.Identity()
+    for layer in affine_maps:
+        norm = found[layer]
+        replacements[norm] = nn.Identity()
+        if isinstance(norm, BatchChannelNorm):
+            replacements[norm] = norm.channel_norm
     return copy_with(replacements, model).eval()
 
 
-def _folded(layer: Layer, norm: Norm | None) -> nn.Module:
-    """The plain layer that computes `layer`, and then the batch norm in `norm`, if there is one."""
+def _is_layer(module: nn.Module) -> bool:
+    # A subclass may do more than the layer that it would become.
+    return type(module) in LAYERS and "weight" in module._parameters and not _is_hooked(module)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    ours = type(module) in NORMS
+    if not ours and isinstance(module, torch.jit.ScriptModule):  # It takes no hooks.
+        return False
+    return (ours or all(hasattr(module, name) for name in BATCH_NORM)) and not _is_hooked(module)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its class's forward."""
+    hooks = *module._forward_hooks, *module._forward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
+def _affine_map(norm: Any, dim: int) -> AffineMap | None:
+    """The map that a norm of this library begins with, or that another one is, if it is one.
+
+    Args:
+        norm: has `BATCH_NORM`, if it is not of this library.
+        dim: of the norm's input.
+    """
+    if isinstance(norm, BatchChannelNorm):
+        norm = norm.batch_norm
+    ours = isinstance(norm, BatchNorm)
+    names = ("exp_mean", "exp_var", "scale", "shift") if ours else BATCH_NORM[:4]
+    mean, var, scale, shift = (getattr(norm, name) for name in names)
+    if mean is None or var is None:
+        return None
+    deviation = (_exact(var) + norm.eps).sqrt()
+    affine_map = AffineMap(_exact(mean), deviation, _exact(scale, otherwise=1), _exact(shift))
+    return affine_map if ours or _computes(norm, affine_map, dim) else None
+
+
+def _computes(norm: nn.Module, affine_map: AffineMap, dim: int) -> bool:
+    """Whether a module computes this map and no more, tried on random numbers."""
+    mean, deviation, scale, shift = (
+        values.view(-1, *(1,) * (dim - 2)) if values.dim() else values for values in affine_map
+    )
+    generator = torch.Generator().manual_seed(0)
+    # Small and large deviations from the mean, because something may bound the output.
+    sizes = torch.logspace(-3, 3, 16, dtype=torch.float64).view(-1, *(1,) * (dim - 1))
+    shape = (len(sizes), len(affine_map.mean), *(2,) * (dim - 2))
+    x_hat = sizes * torch.randn(shape, generator=generator, dtype=torch.float64)
+    try:
+        y = copy.deepcopy(norm).to("cpu", torch.float64).eval()(mean + deviation * x_hat)
+    except Exception:  # Any code may fail on such values, or in another precision.
+        return False
+    expected = scale * x_hat + shift
+    return isinstance(y, Tensor) and y.shape == shape and torch.allclose(y, expected, 1e-6, 1e-6)
+
+
+def _folded(layer: Any, affine_map: AffineMap | None) -> nn.Module:
+    """The plain layer that computes `layer`, and then the affine map, if there is one."""
     weight, bias = _exact(layer.weight), layer.bias
     if isinstance(layer, WSLayer):
         gain = None if layer.gain is None else _exact(layer.gain)
         weight = standardize_weight(weight, layer.standardization, gain)
-    if norm is not None:
-        batch_norm = norm.batch_norm if isinstance(norm, BatchChannelNorm) else norm
-        mean, var = _exact(batch_norm.exp_mean), _exact(batch_norm.exp_var)
-        scale, shift = _exact(batch_norm.scale, otherwise=1), _exact(batch_norm.shift)
+    if affine_map is not None:
+        mean, deviation, scale, shift = affine_map
         # y = scale * (w x + b - mu_hat) / sqrt(sigma2_hat + eps) + shift
-        factor = scale / (var + batch_norm.eps).sqrt()
+        factor = scale / deviation
         weight = factor.view(-1, *(1,) * (weight.dim() - 1)) * weight
         bias = factor * (_exact(bias) - mean) + shift
 
