@@ -85,7 +85,8 @@ def bcn(ours, flax):
 # Every value but 0 counts, and multiplies the weight.
 KERNEL_MASK = jnp.ones((3, 3, 4, 6)).at[1:, 1:].set(0).at[0, 0].set(0.5)
 NORMS = {
-    "batch_norm": norm("BatchNorm", running_variance="unbiased")._replace(mask=True),
+    "batch_norm": norm("BatchNorm", running_variance="unbiased"),
+    "estimated": norm("EstimatedBatchNorm", running_variance="around_running_mean"),
     "channel_norm": norm("ChannelNorm", num_groups=2),
     "bcn": norm("BatchChannelNorm", num_groups=2, batch_epsilon=1e-3, momentum=0.8),
     "bcn_batch": norm(
@@ -127,7 +128,7 @@ NETWORKS = {
 }
 CASES = {
     **NORMS,
-    "bcn_under_mask": NORMS["bcn"]._replace(mask=True),
+    **{f"{name}_under_mask": NORMS[name]._replace(mask=True) for name in ("batch_norm", "bcn")},
     **KERNELS,
     **NETWORKS,
 }

@@ -125,6 +125,7 @@ def vmapped(layer, x):
 
 
 WAYS = {
+    "jit": (compiled, {}),
     "remat": (nnx.jit(nnx.remat(forward)), {}),
     "jit of a sharded batch": (sharded_jit, {}),
     "shard_map": (over_devices, {"axis_name": "data"}),
