@@ -33,7 +33,10 @@ T = TypeVar("T")
 
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 HAS_TORCH = find_spec("torch") is not None
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "libtpu", "jax-cuda12-plugin")
+PACKAGES = (
+    *("jax", "jaxlib", "flax", "optax", "torch", "torchvision", "timm"),
+    *("libtpu", "jax-cuda12-plugin"),
+)
 FEWEST_ROUNDS = 5
 SLOW = 0.3  # seconds
 
