@@ -1,156 +1,283 @@
-"""Which norm reads which layer's output: seen in a forward pass, not guessed from names or order.
+"""Which norm alone reads the output of which layer, from the jaxpr of a model.
 
-linen and NNX each have a function `run(observer)`, which runs the model and tells the observer of
-the layers and norms that are called. The rest is here, for both.
+While a model is traced, primitives that compute the identity mark the weights of its layers and
+norms, the outputs of its layers and the inputs of its norms. The jaxpr then shows what reads them.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable
-from itertools import chain
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import Array
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive
+from jax.interpreters import ad, batching
 
 Path = TypeVar("Path", bound=Hashable)
-PathArgument = TypeVar("PathArgument", bound=Hashable, contravariant=True)
+
+# Primitives that run one jaxpr once, whose inputs and outputs are their own.
+_CALLS = {"jit", "remat2", "custom_jvp_call", "custom_vjp_call"}
 
 
-class Observer(Protocol[PathArgument]):
-    """Sees, and may replace, what layers return and what norms are given.
+class Level(NamedTuple):
+    """One `vmap` around a call.
 
-    `foldable` is false if the module is called in a way that a folded one could not be.
+    Attributes:
+        axis: along which the layer's output, or the norm's input, is mapped; None if it is not.
+        stacked: whether the weights are mapped, along their axis 0.
     """
 
-    def layer_output(self, layer: PathArgument, y: Array, foldable: bool) -> Array:
-        """Return the array to use as the output `y` of `layer`."""
-
-    def norm_input(self, norm: PathArgument, x: Array, foldable: bool) -> Array:
-        """Return the array to use as the input `x` of `norm`."""
+    axis: int | None
+    stacked: bool
 
 
-Run = Callable[[Observer[Path]], Any]
+@dataclasses.dataclass(eq=False)
+class Call(Generic[Path]):
+    """A call of a layer or of a norm.
 
+    Attributes:
+        path: of the module.
+        weights: which of the stored arrays it uses, by name; None if it uses others, such as a
+            slice of them in a scan, or normalized ones.
+        levels: the `vmap`s around it.
+        foldable: false if the module is called in a way that a folded one could not be.
+        readers: what reads the output of a layer: calls of norms, and None for anything else.
+    """
 
-class Calls(Generic[Path]):
-    """An observer that records the calls of layers and norms."""
-
-    def __init__(self) -> None:
-        """Start with no calls."""
-        self._count: Counter[Path] = Counter()
-        self._outputs: list[tuple[Path, Array]] = []
-        self._inputs: list[tuple[Path, Array]] = []
-
-    def layer_output(self, layer: Path, y: Array, foldable: bool) -> Array:
-        """Record that `layer` returned `y`."""
-        self._count[layer] += 1
-        if foldable:
-            self._outputs.append((layer, y))
-        return y
-
-    def norm_input(self, norm: Path, x: Array, foldable: bool) -> Array:
-        """Record that `norm` was given `x`."""
-        self._count[norm] += 1
-        if foldable:
-            self._inputs.append((norm, x))
-        return x
+    path: Path
+    weights: dict[str, int] | None
+    levels: tuple[Level, ...]
+    foldable: bool
+    readers: "list[Call[Path] | None]" = dataclasses.field(default_factory=list)
 
     @property
-    def layers(self) -> list[Path]:
-        """The layers with a foldable call, in the order of their first one."""
-        return list(dict.fromkeys(layer for layer, _ in self._outputs))
+    def stacked(self) -> int:
+        """How many leading axes of the weights are those of ensembles."""
+        return sum(level.stacked for level in self.levels)
+
+
+def weights(values: Mapping[str, Array]) -> dict[str, Array]:
+    """Mark the weights of a layer or norm, for it to use in place of the stored ones."""
+    return {name: _weight.bind(value, **_NO_LEVELS) for name, value in values.items()}
+
+
+def layer_output(path: Path, y: Array, weights: Mapping[str, Array]) -> Array:
+    """Mark the output of a layer that has used these marked weights."""
+    return _bind(_layer_output, path, y, weights, True)
+
+
+def norm_input(path: Path, x: Array, weights: Mapping[str, Array], foldable: bool) -> Array:
+    """Mark the input of a norm that is to use these marked weights."""
+    return _bind(_norm_input, path, x, weights, foldable)
+
+
+def trace(
+    run: Callable[[Any], tuple[Any, Any]], stored: Any, own: Callable[[Any], Mapping[str, Any]]
+) -> "Flow[Any]":
+    """The calls of layers and norms in a model, which is traced, not run.
+
+    Args:
+        run: calls the model with the weights of `stored`; returns its outputs and its new state.
+        stored: the weights, a pytree of arrays.
+        own: returns the weights of the module at a path, arrays of `stored`, by name.
+    """
+    outputs: list[Any] = []
+
+    def forward(stored: Any) -> list[Any]:
+        returned, state = run(stored)
+        outputs.extend(_arrays(returned))
+        return [*outputs, *_arrays(state)]
+
+    jaxpr = jax.make_jaxpr(forward)(stored)
+    flow: Flow[Any] = Flow(jax.tree.leaves(stored), own)
+    sources = flow.follow(jaxpr.jaxpr, [_Weight(i) for i in range(len(flow.stored))])
+    for i, source in enumerate(sources):
+        # To return a stored weight as a part of the state is not to read it.
+        if i < len(outputs) or isinstance(source, Call):
+            flow.read(source)
+    return flow
+
+
+class _Weight(NamedTuple):
+    """A weight by its number, and whether a layer or norm has marked it as its own."""
+
+    number: int
+    marked: bool = False
+
+
+class Flow(Generic[Path]):
+    """The calls of layers and norms, and what reads the outputs and weights of layers."""
+
+    def __init__(self, stored: Sequence[Any], own: Callable[[Path], Mapping[str, Any]]) -> None:
+        """Start with no calls, see `trace`."""
+        self.stored = stored
+        self._own = own
+        self.layers: list[Call[Path]] = []
+        self.norms: list[Call[Path]] = []
+        self._read_elsewhere: set[int] = set()
+
+    def weights(self, call: Call[Path]) -> dict[str, Any]:
+        """The arrays that a foldable call uses, by name."""
+        return {name: self.stored[i] for name, i in (call.weights or {}).items()}
 
     def pairs(self) -> list[tuple[Path, Path]]:
         """Each call of a norm on the very output of a layer, as (layer, norm)."""
-        # The arrays are held here, so that no two of them have had the same id.
-        made_by = {id(y): layer for layer, y in self._outputs}
-        return [(made_by[id(x)], norm) for norm, x in self._inputs if id(x) in made_by]
+        return [(call.path, norm.path) for call in self.layers for norm in call.readers if norm]
 
-    def one_to_one(self) -> dict[Path, Path]:
-        """The norm after each layer, if both ran once and neither has another partner."""
-        pairs = self.pairs()
-        partners = Counter(chain.from_iterable(pairs))
+    def foldable_layers(self) -> dict[Path, Call[Path]]:
+        """A call of each layer whose weights are used by that layer alone, and as they are."""
+        others = {call.path for call in self.layers if not self._is_foldable(call)}
+        return {call.path: call for call in self.layers if call.path not in others}
+
+    def sole_readers(self) -> dict[Path, Call[Path]]:
+        """The norm after each layer, if nothing but that norm reads the layer's output."""
+        count = Counter(call.path for call in (*self.layers, *self.norms))
         return {
-            layer: norm
-            for layer, norm in pairs
-            if all(partners[path] == self._count[path] == 1 for path in (layer, norm))
+            layer.path: norm
+            for layer in self.layers
+            for norm in layer.readers
+            if len(layer.readers) == 1
+            and norm is not None
+            and count[layer.path] == count[norm.path] == 1
+            and layer.levels == norm.levels
+            and self._is_foldable(layer)
+            and self._is_foldable(norm)
         }
 
-
-def record(run: Run[Path]) -> Calls[Path]:
-    """The calls of layers and norms while the model is traced."""
-    calls: Calls[Path] = Calls()
-
-    def forward() -> None:
-        run(calls)
-
-    jax.eval_shape(forward)
-    return calls
-
-
-def sole_readers(calls: Calls[Path], run: Run[Path]) -> dict[Path, Path]:
-    """The norm after each layer, if nothing but that norm reads the layer's output.
-
-    To every other reader the output is replaced, first by NaN and then by large random numbers. If
-    the model still returns the same, there is no other reader.
-    """
-    norm_after = calls.one_to_one()
-    expected = run(_Replacement({}, _nan))
-
-    def unread(pairs: dict[Path, Path]) -> bool:
-        replaced = (run(_Replacement(pairs, values)) for values in (_nan, _noise))
-        return all(_same(actual, expected) for actual in replaced)
-
-    if unread(norm_after):
-        return norm_after
-    return {layer: norm for layer, norm in norm_after.items() if unread({layer: norm})}
-
-
-class _Replacement(Generic[Path]):
-    """An observer that replaces the outputs of layers, except as inputs of the norms after them."""
-
-    def __init__(self, norm_after: dict[Path, Path], values: Callable[[Array], Array]) -> None:
-        self._layer_before = {norm: layer for layer, norm in norm_after.items()}
-        self._values = values
-        self._outputs: dict[Path, Array] = {}
-
-    def layer_output(self, layer: Path, y: Array, foldable: bool) -> Array:
-        del foldable
-        if layer not in self._layer_before.values():
-            return y
-        self._outputs[layer] = y
-        return self._values(y)
-
-    def norm_input(self, norm: Path, x: Array, foldable: bool) -> Array:
-        del foldable
-        return self._outputs[self._layer_before[norm]] if norm in self._layer_before else x
-
-
-def _nan(y: Array) -> Array:
-    return jnp.full_like(y, jnp.nan)
-
-
-def _noise(y: Array) -> Array:
-    """For outputs in which NaN does not show, such as the index of the largest value."""
-    return 1e4 * jax.random.normal(jax.random.key(0), y.shape, y.dtype)
-
-
-def _same(actual: Any, expected: Any) -> bool:
-    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
-    return all(np.array_equal(a, e, equal_nan=_inexact(e)) for a, e in pairs)
-
-
-def _inexact(x: Any) -> bool:
-    return bool(jnp.issubdtype(jnp.result_type(x), jnp.inexact))
-
-
-def require_foldable(layers: Collection[object]) -> None:
-    """Raise a `ValueError` if no layer can be folded."""
-    if not layers:
-        raise ValueError(
-            "The model must have something to fold, a standardized kernel, or a batch norm of this "
-            "library right after a convolution or dense layer, but on the example input neither "
-            "was called."
+    def _is_foldable(self, call: Call[Path]) -> bool:
+        if not call.foldable or call.weights is None:
+            return False
+        own = self._own(call.path)
+        return all(
+            self.stored[i] is own.get(name) and i not in self._read_elsewhere
+            for name, i in call.weights.items()
         )
+
+    def follow(self, jaxpr: Jaxpr, given: Iterable[Any]) -> list[Any]:
+        """Read a jaxpr: the sources of its outputs, from those of its inputs.
+
+        A source is a call of a layer, a weight, or None for anything else.
+        """
+        sources: dict[Any, Any] = dict(zip(jaxpr.invars, given, strict=False))
+
+        def source(variable: Any) -> Any:
+            return None if isinstance(variable, Literal) else sources.get(variable)
+
+        for eqn in jaxpr.eqns:
+            results = self._results(eqn, [source(variable) for variable in eqn.invars])
+            sources.update(zip(eqn.outvars, results, strict=False))
+        return [source(variable) for variable in jaxpr.outvars]
+
+    def _results(self, eqn: JaxprEqn, operands: list[Any]) -> list[Any]:
+        """The sources of an equation's results, if it has any."""
+        if eqn.primitive is _weight and isinstance(operands[0], _Weight):
+            return [operands[0]._replace(marked=True)]
+        if eqn.primitive is _layer_output:
+            self.read(operands[0])
+            self.layers.append(self._call(eqn, operands[1:]))
+            return [self.layers[-1]]
+        if eqn.primitive is _norm_input:
+            self.norms.append(self._call(eqn, operands[1:]))
+            self.read(operands[0], self.norms[-1])
+            return []
+        jaxprs = list(_jaxprs(eqn.params))
+        if eqn.primitive.name in _CALLS and len(jaxprs) == 1:
+            return self.follow(jaxprs[0], operands)
+        for operand in operands:
+            self.read(operand)
+        for jaxpr in jaxprs:
+            for source in self.follow(jaxpr, []):
+                self.read(source)
+        return []
+
+    def _call(self, eqn: JaxprEqn, weights: list[Any]) -> Call[Path]:
+        path, names, levels, foldable = (
+            eqn.params[name] for name in ("path", "names", "levels", "foldable")
+        )
+        numbers = {
+            name: weight.number
+            for name, weight in zip(names, weights, strict=True)
+            if isinstance(weight, _Weight)
+        }
+        return Call(path, numbers if len(numbers) == len(names) else None, levels, foldable)
+
+    def read(self, source: Any, reader: Call[Path] | None = None) -> None:
+        """Take note that `reader` reads what comes from `source`."""
+        if isinstance(source, Call):
+            source.readers.append(reader)
+        elif isinstance(source, _Weight) and not source.marked:
+            self._read_elsewhere.add(source.number)
+
+
+def _jaxprs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            jaxpr = getattr(item, "jaxpr", item)
+            if isinstance(jaxpr, Jaxpr):
+                yield jaxpr
+
+
+def _arrays(tree: Any) -> list[Any]:
+    """The arrays in `tree`, also in the attributes of objects that are no pytrees."""
+    arrays: list[Any] = []
+    objects: dict[int, Any] = {}
+
+    def collect(tree: Any) -> None:
+        for leaf in jax.tree.leaves(tree):
+            if isinstance(leaf, Array):
+                arrays.append(leaf)
+            elif hasattr(leaf, "__dict__") and id(leaf) not in objects:
+                objects[id(leaf)] = leaf
+                collect(dict(vars(leaf)))
+
+    collect(tree)
+    return arrays
+
+
+_NO_LEVELS: dict[str, Any] = {"levels": (), "foldable": True}
+
+
+def _bind(
+    primitive: Any, path: Hashable, x: Array, weights: Mapping[str, Array], foldable: bool
+) -> Any:
+    return primitive.bind(
+        x, *weights.values(), path=path, names=tuple(weights), levels=(), foldable=foldable
+    )
+
+
+def _identity(name: str) -> Any:
+    """A primitive that returns its first argument; the others are weights."""
+    primitive = Primitive(name)
+    primitive.def_impl(lambda x, *_, **__: x)
+    primitive.def_abstract_eval(lambda x, *_, **__: x)
+
+    def batch(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+        axis, *stacks = dims
+        level = Level(axis, stacked=0 in stacks)
+        foldable = params["foldable"] and len(set(stacks)) <= 1 and set(stacks) <= {0, None}
+        params |= {"levels": (*params["levels"], level), "foldable": foldable}
+        return primitive.bind(*args, **params), axis
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+        # A derivative is marked like the value, and thus counts as another call.
+        tangent, *by_weights = tangents
+        params["foldable"] &= all(isinstance(dot, ad.Zero) for dot in by_weights)
+        if not isinstance(tangent, ad.Zero):
+            tangent = primitive.bind(tangent, *primals[1:], **params)
+        return primitive.bind(*primals, **params), tangent
+
+    def transpose(cotangent: Any, *args: Any, **params: Any) -> list[Any]:
+        if not isinstance(cotangent, ad.Zero):
+            cotangent = primitive.bind(cotangent, *args[1:], **params)
+        return [cotangent, *[None] * (len(args) - 1)]
+
+    batching.primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    return primitive
+
+
+_weight = _identity("weight")
+_layer_output = _identity("layer_output")
+_norm_input = _identity("norm_input")

@@ -6,7 +6,7 @@ classes as attributes, `conv: Any = nn.Conv` and `norm: Any = nn.BatchNorm`, and
 
 import dataclasses
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,20 +15,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.typing import Dtype
 
-from bcn_flax.checks import require_running_average_flag
 from bcn_flax.linen import (
     BatchChannelNorm,
     BatchNorm,
     ChannelNorm,
+    EstimatedBatchNorm,
     WSConv,
     WSConvTranspose,
     WSDense,
 )
-from bcn_flax.norms import result_dtype
-from bcn_flax.passes import widen
-from bcn_flax.surgery import calibration, folding
-from bcn_flax.surgery.flow import Observer, record, require_foldable, sole_readers
+from bcn_flax.passes import promote, widen
+from bcn_flax.surgery import calibration, flow, folding
 
 Path = tuple[str, ...]
 Variables = Mapping[str, Any]
@@ -41,6 +40,9 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     WSConvTranspose: nn.ConvTranspose,
     WSDense: nn.Dense,
 }
+_WEIGHTS = ("kernel", "bias", "gain")
+_MARK = "mark_"
+_NORMS = (nn.BatchNorm, BatchNorm, EstimatedBatchNorm, BatchChannelNorm)
 
 
 def recalibrate(
@@ -116,6 +118,7 @@ class Folded:
         model: the model before folding.
         convolutions: paths of the layers that are plain now, and whether they have a bias.
         norms: paths of the norms of which only a channel norm, or nothing, is left.
+        dtypes: of the parameters of these norms, with which those of their inputs are promoted.
         mark: a unique name, with which `apply` prevents the use of what was compiled before.
     """
 
@@ -123,29 +126,25 @@ class Folded:
     model: nn.Module
     convolutions: Mapping[Path, bool]
     norms: frozenset[Path]
+    dtypes: Mapping[Path, Dtype | None]
     mark: str
 
     def apply(self, variables: Variables, *args: Any, **kwargs: Any) -> Any:
-        """Run the folded model, with the arguments of `model.apply`."""
-        simplifying = False
+        """Run the folded model, with the arguments of `model.apply`.
 
-        def simplify(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
-            nonlocal simplifying
-            module = context.module
-            is_folded = module.path in self.convolutions or module.path in self.norms
-            if simplifying or not is_folded or context.method_name != "__call__":
-                return next_fun(*fun_args, **fun_kwargs)
-            simplifying = True  # the plain layer, called below, may have the same path
-            try:
-                if module.path in self.norms:
-                    return _without_batch_norm(module, *fun_args, **fun_kwargs)
+        Raises:
+            ValueError: a norm that was folded is called in training.
+        """
+
+        def replacement(module: nn.Module) -> Callable[..., Any] | None:
+            if module.path in self.norms:
+                return partial(_without_batch_norm, module, self.dtypes[module.path])
+            if module.path in self.convolutions:
                 plain = _plain(module, self.convolutions[module.path])
-                params = module.variables["params"]
-                return plain.apply({"params": params}, *fun_args, **fun_kwargs)
-            finally:
-                simplifying = False
+                return partial(plain.apply, {"params": module.variables["params"]})
+            return None
 
-        with nn.intercept_methods(simplify):
+        with nn.intercept_methods(_interceptor(replacement)):
             return self.model.apply(_marked(variables, self.mark), *args, **kwargs)
 
 
@@ -178,121 +177,169 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
         ValueError: there is nothing to fold, or a norm was called in training.
     """
     variables = meta.unbox(variables)
-    modules: dict[Path, nn.Module] = {}
-
-    def run(observer: Observer[Path]) -> Any:
-        intercept = partial(_intercept, observer=observer, modules=modules, variables=variables)
-        with nn.intercept_methods(intercept):
-            return model.apply(_marked(variables, _new_mark()), *args, **kwargs)
-
-    calls = record(run)
-    norm_after = sole_readers(calls, run)
-    params = flatten_dict(variables.get("params", {}))
-    stats = flatten_dict(variables.get("batch_stats", {}))
-    convolutions = {}
-    for path in calls.layers:
-        module = modules[path]
-        if path not in norm_after and getattr(module, "standardization", None) is None:
+    modules, seen = _trace(model, variables, args, kwargs)
+    after = seen.sole_readers()
+    stored = {name: flatten_dict(variables.get(name, {})) for name in ("params", "batch_stats")}
+    convolutions: dict[Path, bool] = {}
+    norm_dtypes: dict[Path, Dtype | None] = {}
+    for path, call in seen.foldable_layers().items():
+        layer, norm, epsilon = modules[path], None, 0.0
+        if path in after:
+            norm = seen.weights(after[path])
+            module = modules[after[path].path]
+            epsilon, norm_dtypes[module.path] = _pop_batch_norm(module, norm, stored)
+        elif getattr(layer, "standardization", None) is None:
             continue
-        weights = [params.pop((*path, name), None) for name in ("kernel", "bias", "gain")]
-        norm = None
-        if path in norm_after:
-            after = norm_after[path]
-            norm = _pop_batch_norm(after, modules[after], params, stats)
-        folded = folding.fold(folding.describe(module, *weights), norm)
-        params.update({(*path, name): value for name, value in folded.items()})
+        folded = folding.fold(layer, seen.weights(call), norm, epsilon, call.stacked)
+        stored["params"].pop((*path, "gain"), None)
+        stored["params"].update({(*path, name): value for name, value in folded.items()})
         convolutions[path] = "bias" in folded
-    require_foldable(convolutions)
-    rest = {name: v for name, v in variables.items() if name not in ("params", "batch_stats")}
+    folding.require_foldable(convolutions)
+    folded_variables = {name: unflatten_dict(flat) for name, flat in stored.items() if flat}
+    rest = {name: v for name, v in variables.items() if name not in stored}
     return Folded(
-        variables={
-            **rest,
-            "params": unflatten_dict(params),
-            **({"batch_stats": unflatten_dict(stats)} if stats else {}),
-        },
+        variables={**rest, "params": {}, **folded_variables},
         model=model,
         convolutions=convolutions,
-        norms=frozenset(norm_after.values()),
+        norms=frozenset(norm_dtypes),
+        dtypes=norm_dtypes,
         mark=_new_mark(),
     )
 
 
 def _new_mark() -> str:
-    return f"mark_{uuid.uuid4().hex}"
+    return f"{_MARK}{uuid.uuid4().hex}"
 
 
 def _marked(variables: Variables, mark: str) -> Variables:
-    """The variables with one more beside each kernel.
+    """The variables with one more beside each kernel, each with a name of its own.
 
     Modules under `nn.jit` are traced again only if the structure of their variables changes, and
     interceptors see only what is traced.
     """
     params = flatten_dict(variables.get("params", {}))
-    marks = {(*path[:-1], mark): value for path, value in params.items() if path[-1] == "kernel"}
+    kernels = [path for path in params if path[-1] == "kernel"]
+    marks = {(*path[:-1], f"{mark}_{i}"): params[path] for i, path in enumerate(kernels)}
     return {**variables, "params": unflatten_dict(params | marks)}
 
 
-def _intercept(
-    next_fun: Any,
-    args: Any,
-    kwargs: Any,
-    context: Any,
-    *,
-    observer: Observer[Path],
-    modules: dict[Path, nn.Module],
-    variables: Variables,
-) -> Any:
-    """Intercept a call: show it to the observer, and keep the module of it in `modules`."""
-    module = context.module
-    if context.method_name != "__call__":
-        return next_fun(*args, **kwargs)
-    modules[module.path] = module
-    if isinstance(module, BatchNorm | BatchChannelNorm):
-        _require_evaluation(module, *args, **kwargs)
-        x, *flags = args or (kwargs["x"],)
-        named = {name: value for name, value in kwargs.items() if name != "x"}
-        x = observer.norm_input(module.path, x, foldable=module.axis in (-1, x.ndim - 1))
-        return next_fun(x, *flags, **named)
-    y = next_fun(*args, **kwargs)
-    if type(module) not in _PLAIN:
-        return y
-    return observer.layer_output(module.path, y, _is_stored_as_used(module, variables))
+def _interceptor(replacement: Callable[[nn.Module], Callable[..., Any] | None]) -> Any:
+    """An interceptor of calls of modules, but not of those that a replacement makes itself.
+
+    Args:
+        replacement: returns what to call instead of a module, or None to call the module.
+    """
+    replacing = False
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        nonlocal replacing
+        call = None
+        if context.method_name == "__call__" and not replacing:
+            call = replacement(context.module)
+        if call is None:
+            return next_fun(*args, **kwargs)
+        replacing = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            replacing = False
+
+    return intercept
 
 
-def _require_evaluation(
-    norm: BatchNorm | BatchChannelNorm, x: Any, flag: bool | None = None, **kwargs: Any
-) -> None:
+def _trace(
+    model: nn.Module, variables: Variables, args: Any, kwargs: Any
+) -> tuple[dict[Path, nn.Module], flow.Flow[Path]]:
+    """Trace the model: its layers and norms, and their calls."""
+    modules: dict[Path, nn.Module] = {}
+
+    def replacement(module: nn.Module) -> Callable[..., Any] | None:
+        is_norm = type(module) in _NORMS
+        if not is_norm and not (type(module) in _PLAIN and _has_only_weights(module)):
+            return None
+        modules[module.path] = module
+        return partial(_norm if is_norm else _layer, module)
+
+    rest = {name: v for name, v in variables.items() if name not in ("params", "batch_stats")}
+    returns_state = kwargs.get("mutable", False) is not False or bool(
+        kwargs.get("capture_intermediates", False)
+    )
+
+    def run(stored: Any) -> tuple[Any, Any]:
+        with nn.intercept_methods(_interceptor(replacement)):
+            returned = model.apply({**rest, **stored}, *args, **kwargs)
+        return returned if returns_state else (returned, None)
+
+    marked = _marked(variables, _new_mark())
+    stored = {name: v for name, v in marked.items() if name not in rest}
+    flat = {path[1:]: value for path, value in flatten_dict(stored).items()}
+
+    def own(path: Path) -> dict[str, Any]:
+        places = (path, (*path, "batch_norm"))
+        return {place[-1]: value for place, value in flat.items() if place[:-1] in places}
+
+    return modules, flow.trace(run, stored, own)
+
+
+def _has_only_weights(layer: nn.Module) -> bool:
+    """Whether the layer has a kernel and nothing that is not folded, such as a scale for float8."""
+    variables = flatten_dict(layer.variables)
+    names = {path[1:] for path in variables if not path[-1].startswith(_MARK)}
+    return {("kernel",)} <= names <= {(name,) for name in _WEIGHTS}
+
+
+def _layer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a layer in a trace."""
+    params = layer.variables["params"]
+    weights = flow.weights({name: params[name] for name in _WEIGHTS if name in params})
+    y: Any = layer.clone(parent=None, name=None).apply({"params": weights}, *args, **kwargs)
+    return flow.layer_output(layer.path, y, weights)
+
+
+def _norm(norm: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a norm in a trace."""
+    x, *flags = args or (kwargs.pop("x"),)
+    _require_evaluation(norm, *flags, **kwargs)
+    variables = flatten_dict(norm.variables)
+    inside = _batch_norm_in(norm)
+    own = {path[-1]: path for path in variables if path[1:-1] == inside}
+    weights = flow.weights({name: variables[path] for name, path in own.items()})
+    x = flow.norm_input(norm.path, x, weights, folding.is_last_axis(norm.axis, x.ndim))
+    variables |= {path: weights[name] for name, path in own.items()}
+    return norm.clone(parent=None, name=None).apply(unflatten_dict(variables), x, *flags, **kwargs)
+
+
+def _batch_norm_in(norm: nn.Module) -> Path:
+    """The path of the batch norm in a norm: it is the norm, or inside it."""
+    return ("batch_norm",) if isinstance(norm, BatchChannelNorm) else ()
+
+
+def _require_evaluation(norm: Any, flag: bool | None = None, **kwargs: Any) -> None:
     """Raise a `ValueError` if the norm is called in training."""
     flag = kwargs.get("use_running_average", flag)
-    if not require_running_average_flag(type(norm).__name__, norm.use_running_average, flag):
-        raise ValueError(
-            "Folding is for inference, so every norm must use its running averages, but on the "
-            f"example input {'/'.join(norm.path) or 'the model'} was in training. Pass what makes "
-            "the model evaluate, such as train=False."
-        )
-
-
-def _is_stored_as_used(module: nn.Module, variables: Variables) -> bool:
-    """False under `nn.scan` and `nn.vmap`, which store the kernels of many layers in one array."""
-    stored = flatten_dict(variables.get("params", {})).get((*module.path, "kernel"))
-    return stored is not None and stored.shape == module.variables["params"]["kernel"].shape
+    name = "/".join(norm.path)
+    folding.require_evaluation(type(norm).__name__, name, norm.use_running_average, flag)
 
 
 def _pop_batch_norm(
-    path: Path, module: nn.Module, params: dict[Path, Any], stats: dict[Path, Any]
-) -> folding.BatchNorm:
-    """Take the batch norm at `path`, or inside it, out of the variables."""
-    epsilon = module.epsilon
-    if isinstance(module, BatchChannelNorm):
-        path = (*path, "batch_norm")
-        epsilon = module.batch_epsilon or epsilon
-    return folding.BatchNorm(
-        mean=stats.pop((*path, "mean")),
-        var=stats.pop((*path, "var")),
-        scale=params.pop((*path, "scale"), None),
-        bias=params.pop((*path, "bias"), None),
-        epsilon=epsilon,
-    )
+    norm: Any, weights: folding.Weights, stored: dict[str, dict[Path, Any]]
+) -> tuple[float, Dtype | None]:
+    """Take the batch norm in `norm` out of the variables.
+
+    Returns:
+        Its epsilon, and the dtype with which that of its input is promoted, if with any.
+    """
+    path = (*norm.path, *_batch_norm_in(norm))
+    for flat in stored.values():
+        for name in weights:
+            flat.pop((*path, name), None)
+    epsilon = getattr(norm, "batch_epsilon", None)
+    dtypes = [weights[name].dtype for name in ("scale", "bias") if name in weights]
+    if dtypes:
+        # Flax promotes with the parameters as they are stored.
+        is_flax = isinstance(norm, nn.BatchNorm)
+        dtypes = [jnp.result_type(*dtypes) if is_flax else norm.param_dtype]
+    return norm.epsilon if epsilon is None else epsilon, dtypes[0] if dtypes else None
 
 
 def _plain(module: nn.Module, use_bias: bool) -> nn.Module:
@@ -303,18 +350,17 @@ def _plain(module: nn.Module, use_bias: bool) -> nn.Module:
     return make(**fields, use_bias=use_bias, parent=None)
 
 
-def _without_batch_norm(
-    module: nn.Module, x: Any, use_running_average: Any = None, **kwargs: Any
-) -> Any:
-    """Apply what is left of a folded norm: its channel norm, or nothing."""
-    if not isinstance(module, BatchChannelNorm):
-        return x.astype(result_dtype(module, x.dtype))
+def _without_batch_norm(norm: Any, dtype: Dtype | None, x: Any, *flags: Any, **kwargs: Any) -> Any:
+    """Call what is left of a folded norm: its channel norm, or a cast."""
+    _require_evaluation(norm, *flags, **kwargs)
+    if not isinstance(norm, BatchChannelNorm):
+        return x.astype(norm.dtype or (x.dtype if dtype is None else promote(x.dtype, dtype)))
     names = ("axis", "epsilon", "dtype", "param_dtype", "use_bias", "use_scale")
     channel_norm = ChannelNorm(
-        module.num_groups,
-        module.group_size,
-        **{name: getattr(module, name) for name in names},
+        norm.num_groups,
+        norm.group_size,
+        **{name: getattr(norm, name) for name in names},
         parent=None,
     )
-    params = module.variables.get("params", {}).get("channel_norm", {})
+    params = norm.variables.get("params", {}).get("channel_norm", {})
     return channel_norm.apply({"params": params}, x, mask=kwargs.get("mask"))

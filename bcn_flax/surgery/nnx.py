@@ -9,14 +9,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import initializers
+from flax.nnx.nn import dtypes
+from flax.typing import Dtype
 
 from bcn_flax.affine import Affine, Moments
 from bcn_flax.checks import require_group_count
-from bcn_flax.nnx import BatchChannelNorm, BatchNorm, WSConv, WSConvTranspose, WSDense
-from bcn_flax.norms import result_dtype
-from bcn_flax.passes import widen
-from bcn_flax.surgery import calibration, folding
-from bcn_flax.surgery.flow import Observer, record, require_foldable, sole_readers
+from bcn_flax.nnx import (
+    BatchChannelNorm,
+    BatchNorm,
+    ChannelNorm,
+    EstimatedBatchNorm,
+    WSConv,
+    WSConvTranspose,
+    WSDense,
+)
+from bcn_flax.passes import promote, widen
+from bcn_flax.surgery import calibration, flow, folding
 
 Path = tuple[Any, ...]
 
@@ -28,6 +36,7 @@ _PLAIN: dict[type[nnx.Module], type[nnx.Module]] = {
     WSConvTranspose: nnx.ConvTranspose,
     WSDense: nnx.Linear,
 }
+_NORMS = (nnx.BatchNorm, BatchNorm, EstimatedBatchNorm, BatchChannelNorm)
 
 
 def convert_batch_norm(
@@ -86,10 +95,9 @@ def convert_batch_norm(
             "The model must have an nnx.BatchNorm to convert, but it has none that is not to be "
             "left as it is."
         )
-    run = partial(_run, copy, args, nnx.BatchNorm, with_flags=True)
-    pairs = record(run).pairs() if ws else []
+    pairs = _trace(copy, args, (nnx.BatchNorm,), evaluation=False)[0].pairs() if ws else []
     convolutions = {
-        conv for conv, norm in pairs if norm in norms and type(modules[conv]) is nnx.Conv
+        conv for conv, norm in pairs if norm in norms and _is_single(modules[conv])
     } - left
     converted: dict[Path, Any] = {}
     problems = []
@@ -186,19 +194,24 @@ def fold(model: Any, *args: Any) -> Any:
     """
     copy = _evaluating(model)
     modules: dict[Path, Any] = dict(nnx.iter_modules(copy))
-    run = partial(_run, copy, args, (BatchNorm, BatchChannelNorm), with_flags=False)
-    calls = record(run)
-    norm_after = sole_readers(calls, run)
-    layers = [p for p in calls.layers if p in norm_after or _is_standardized(modules[p])]
-    require_foldable(layers)
-    replacements = {
-        path: _folded(modules[path], modules[norm_after[path]] if path in norm_after else None)
-        for path in layers
-    }
-    for path in norm_after.values():
-        norm = modules[path]
-        is_bcn = isinstance(norm, BatchChannelNorm)
-        replacements[path] = norm.channel_norm if is_bcn else _FoldedBatchNorm(norm)
+    seen, flagged = _trace(copy, args, _NORMS, evaluation=True)
+    after = seen.sole_readers()
+    replacements: dict[Path, Any] = {}
+    for path, call in seen.foldable_layers().items():
+        layer, weights, epsilon = modules[path], None, 0.0
+        if path in after:
+            norm, weights = modules[after[path].path], seen.weights(after[path])
+            epsilon = _batch_norm_in(norm).epsilon
+            replacements[after[path].path] = _without_batch_norm(norm, after[path].path in flagged)
+        elif not _is_standardized(layer):
+            continue
+        folded = folding.fold(layer, seen.weights(call), weights, epsilon, call.stacked)
+        new = _rebuilt(_PLAIN[type(layer)], layer, use_bias="bias" in folded)
+        new.kernel = layer.kernel.replace(folded["kernel"])
+        if "bias" in folded:
+            new.bias = nnx.Param(folded["bias"])
+        replacements[path] = new
+    folding.require_foldable(replacements)
     return nnx.recursive_map(lambda path, node: replacements.get(path, node), copy)
 
 
@@ -214,6 +227,11 @@ def _evaluating(model: Any) -> Any:
 
 def _batch_norms(model: Any) -> list[Any]:
     return [m for _, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)]
+
+
+def _is_single(module: Any) -> bool:
+    """Whether it is one convolution, not several that are stored as one."""
+    return type(module) is nnx.Conv and module.kernel.ndim == len(module.kernel_size) + 2
 
 
 def _is_standardized(module: Any) -> bool:
@@ -273,76 +291,135 @@ def _rebuilt(make: Any, module: Any, **changes: Any) -> Any:
     return new
 
 
-def _folded(module: Any, norm: BatchNorm | BatchChannelNorm | None) -> Any:
-    """The plain layer that does what `module` and then the batch norm in `norm` do."""
-
-    def value(variable: nnx.Variable[Any] | None) -> Any:
-        return None if variable is None else variable[...]
-
-    weights = [value(getattr(module, name, None)) for name in ("kernel", "bias", "gain")]
-    batch_norm = None
-    if norm is not None:
-        inner = norm.batch_norm if isinstance(norm, BatchChannelNorm) else norm
-        names = ("mean", "var", "scale", "bias")
-        arrays = {name: value(getattr(inner, name)) for name in names}
-        batch_norm = folding.BatchNorm(**arrays, epsilon=inner.epsilon)
-    folded = folding.fold(folding.describe(module, *weights), batch_norm)
-    new = _rebuilt(_PLAIN[type(module)], module, use_bias="bias" in folded)
-    new.kernel = module.kernel.replace(folded["kernel"])
-    if "bias" in folded:
-        new.bias = nnx.Param(folded["bias"])
-    return new
-
-
-class _FoldedBatchNorm(nnx.Module):
+class _Cast(nnx.Module):
     """What is left of a batch norm that was folded: it casts to the type of its result."""
 
-    def __init__(self, norm: BatchNorm) -> None:
-        self.dtype = norm.dtype
-        self.param_dtype = norm.param_dtype
-        self.use_scale = norm.use_scale
-        self.use_bias = norm.use_bias
-        self.axis = norm.axis
+    def __init__(self, dtype: Dtype | None, promoted: Dtype | None) -> None:
+        self.dtype = dtype
+        self.promoted = promoted
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x.astype(result_dtype(self, x.dtype))
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None, **kwargs: Any
+    ) -> jax.Array:
+        _require_evaluation("BatchNorm", use_running_average)
+        if self.dtype is not None:
+            return x.astype(self.dtype)
+        return x if self.promoted is None else x.astype(promote(x.dtype, self.promoted))
 
 
-def _run(model: Any, args: Any, norms: Any, observer: Observer[Path], *, with_flags: bool) -> Any:
-    """Run a copy of the model, with an observer of its layers, and of its norms of these classes.
+class _ChannelNorm(ChannelNorm):
+    """What is left of a `BatchChannelNorm` that is called with `use_running_average`."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        update_stats: bool | None = None,
+    ) -> jax.Array:
+        _require_evaluation("BatchChannelNorm", use_running_average)
+        del update_stats
+        return super().__call__(x, mask=mask)
+
+
+def _require_evaluation(kind: str, flag: bool | None) -> None:
+    folding.require_evaluation(kind, "a folded norm", True, flag)
+
+
+def _without_batch_norm(norm: Any, flagged: bool) -> nnx.Module:
+    """What is left of a folded norm; `flagged` if it is called with `use_running_average`."""
+    if isinstance(norm, BatchChannelNorm):
+        if flagged:
+            object.__setattr__(norm.channel_norm, "__class__", _ChannelNorm)
+        return norm.channel_norm
+    if isinstance(norm, BatchNorm):
+        return _Cast(norm.dtype, norm.param_dtype if norm.use_scale or norm.use_bias else None)
+    # Flax promotes the input with the statistics too.
+    variables = (norm.mean, norm.var, norm.scale, norm.bias)
+    return _Cast(norm.dtype, jnp.result_type(*(v.dtype for v in variables if v is not None)))
+
+
+def _batch_norm_in(norm: Any) -> Any:
+    return norm.batch_norm if isinstance(norm, BatchChannelNorm) else norm
+
+
+def _variables(module: Any) -> dict[str, nnx.Variable[Any]]:
+    """The variables of a layer or norm, by name."""
+    return {name: v for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
+
+
+def _marked(module: Any) -> dict[str, jax.Array]:
+    """Mark the weights of a module, in place."""
+    variables = _variables(module)
+    weights = flow.weights({name: v[...] for name, v in variables.items()})
+    for name, variable in variables.items():
+        variable[...] = weights[name]
+    return weights
+
+
+def _trace(
+    model: Any, args: Any, kinds: Any, *, evaluation: bool
+) -> tuple[flow.Flow[Path], set[Path]]:
+    """Trace a copy of the model.
 
     Args:
         model: an NNX module; it is not changed.
         args: its arguments.
-        norms: the classes of the norms.
-        observer: sees the calls.
-        with_flags: whether a norm may be called on more than its input.
+        kinds: the classes of the norms.
+        evaluation: whether all norms must be in evaluation.
+
+    Returns:
+        The calls of its layers and norms, and the norms that are called with more than an input and
+        a mask.
     """
+    flagged = set()
 
     def norm_call(path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
-        def observed(self: Any, x: Any, *flags: Any, **named: Any) -> Any:
-            foldable = self.axis in (-1, x.ndim - 1) and (with_flags or not (flags or named))
-            return call(self, observer.norm_input(path, x, foldable), *flags, **named)
+        def marked(self: Any, x: Any, *flags: Any, **named: Any) -> Any:
+            if evaluation:
+                flag = named.get("use_running_average", flags[0] if flags else None)
+                folding.require_evaluation(
+                    type(self).__name__, _name(path), self.use_running_average, flag
+                )
+            if flags or named.keys() - {"mask"}:
+                flagged.add(path)
+            own = nnx.clone(self)
+            weights = _marked(_batch_norm_in(own))
+            foldable = folding.is_last_axis(self.axis, x.ndim)
+            if isinstance(self, nnx.BatchNorm):
+                foldable &= self.promote_dtype is dtypes.promote_dtype
+            return call(own, flow.norm_input(path, x, weights, foldable), *flags, **named)
 
-        return observed
+        return marked
 
-    def layer_call(path: Path, shape: Any, call: Callable[..., Any]) -> Callable[..., Any]:
-        def observed(self: Any, *inputs: Any, **named: Any) -> Any:
-            y = call(self, *inputs, **named)
-            # `nnx.scan` and `nnx.vmap` store the kernels of many layers in one array.
-            return observer.layer_output(path, y, foldable=self.kernel.shape == shape)
+    def layer_call(path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
+        def marked(self: Any, *inputs: Any, **named: Any) -> Any:
+            own = nnx.clone(self)
+            weights = _marked(own)
+            return flow.layer_output(path, call(own, *inputs, **named), weights)
 
-        return observed
+        return marked
 
-    copy = nnx.clone(model)
-    modules: list[tuple[Path, Any]] = list(nnx.iter_modules(copy))
-    for path, module in modules:
-        kind = type(module)
-        if isinstance(module, norms):
-            _override(module, __call__=norm_call(path, kind.__call__))
-        elif kind in _PLAIN:
-            _override(module, __call__=layer_call(path, module.kernel.shape, kind.__call__))
-    return copy(*args)
+    graphdef, weights, *rest = nnx.split(model, nnx.Any(nnx.Param, nnx.BatchStat), ...)
+
+    def run(weights: Any) -> tuple[Any, Any]:
+        copy = nnx.clone(nnx.merge(graphdef, weights, *rest))
+        modules: list[tuple[Path, Any]] = list(nnx.iter_modules(copy))
+        for path, module in modules:
+            kind = type(module)
+            if kind in kinds:
+                _override(module, __call__=norm_call(path, kind.__call__))
+            elif kind in _PLAIN:
+                _override(module, __call__=layer_call(path, kind.__call__))
+        return copy(*args), nnx.state(copy)
+
+    modules = dict(nnx.iter_modules(model))
+
+    def own(path: Path) -> dict[str, Any]:
+        return {n: v.get_raw_value() for n, v in _variables(_batch_norm_in(modules[path])).items()}
+
+    return flow.trace(run, weights, own), flagged
 
 
 def _updating(affine: Callable[..., Affine]) -> Callable[..., Affine]:
