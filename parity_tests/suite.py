@@ -5,6 +5,7 @@ from collections.abc import Callable
 from parity_tests.cases import CASES
 from parity_tests.laws import LAWS
 from parity_tests.networks import NETWORKS
+from parity_tests.surgery import SURGERY
 
 
 def checks() -> dict[str, Callable[[], object]]:
@@ -12,4 +13,4 @@ def checks() -> dict[str, Callable[[], object]]:
     from parity_tests.torch_layers import HALF_PRECISION
 
     cases = {str(case): case.check for case in CASES}
-    return {**cases, **NETWORKS, **HALF_PRECISION, **LAWS}
+    return {**cases, **NETWORKS, **HALF_PRECISION, **LAWS, **SURGERY}

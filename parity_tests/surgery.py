@@ -126,7 +126,7 @@ def in_vmap(f, *args, axes=0):
 
 
 def mapped(call, axes, names="abmn"):
-    """`call(model, x)` for each part of the weights of these names; `axes` are those of the rest."""
+    """`call(model, x)` for each part of these weights; `axes` are those of weights and input."""
 
     def each(m, *args):
         inner = {name: m.stored[name] for name in names}
@@ -174,7 +174,9 @@ ROWS: dict[str, Row] = {
     "a layer of a layer": Row(lambda m, x: m.n(m.b(m.a(x))), "bn", "ab"),
     "something between": Row(lambda m, x: m.n(1 * m.a(x))),
     "an output": Row(lambda m, x: (lambda y: (m.n(y), y))(m.a(x))),
-    "an output in an object": Row(lambda m, x: (lambda y: SimpleNamespace(n=m.n(y), y=[y]))(m.a(x))),
+    "an output in an object": Row(
+        lambda m, x: (lambda y: SimpleNamespace(n=m.n(y), y=[y]))(m.a(x))
+    ),
     "other outputs": Row(lambda m, x: [None, "text", m.n(m.a(x)), SimpleNamespace(x=x)], "an"),
     "state": Row(lambda m, x: (lambda y: set_state(m, {"y": y}, m.n(y)))(m.a(x))),
     "a result that is not used": Row(lambda m, x: (lambda y: (m.n(y), y + 1)[0])(m.a(x))),

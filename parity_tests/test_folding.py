@@ -51,7 +51,7 @@ class Layer(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A norm of this library, for 4 channels in 2 groups, with Flax's arguments."""
+    """A norm for 4 channels in 2 groups, with Flax's arguments; "Plain" is Flax's `BatchNorm`."""
 
     kind: str = "BatchChannelNorm"
     options: Mapping[str, Any] = {}
@@ -64,7 +64,7 @@ class Norm(NamedTuple):
 
 CONV, DENSE, BCN, BN = Layer(), Layer("Dense"), Norm(), Norm("BatchNorm")
 NO_BIAS, NO_SCALE = {"use_bias": False}, {"use_scale": False, "use_bias": False}
-ESTIMATED = Norm("EstimatedBatchNorm")
+ESTIMATED, PLAIN = Norm("EstimatedBatchNorm"), Norm("Plain")
 
 
 def conv(**options):
@@ -98,7 +98,8 @@ class LinenModel(nn.Module):
     def setup(self):
         for name, layer in self.layers:
             if isinstance(layer, Norm):
-                made = getattr(bcn_flax, layer.kind)(True, **layer.flax_options)
+                kind = nn.BatchNorm if layer.kind == "Plain" else getattr(bcn_flax, layer.kind)
+                made = kind(True, **layer.flax_options)
             else:
                 args, kwargs = layer.flax_arguments
                 module, prefix = (nn, "") if layer.ws is None else (bcn_flax, "WS")
@@ -145,8 +146,9 @@ class NNXModel(nnx.Module):
         rngs = nnx.Rngs(0)
         for name, layer in graph.layers.items():
             if isinstance(layer, Norm):
-                kind, args, kwargs = getattr(bcn_flax.nnx, layer.kind), (), layer.flax_options
-                made = kind(CHANNELS, **kwargs, rngs=rngs)
+                plain = layer.kind == "Plain"
+                kind = nnx.BatchNorm if plain else getattr(bcn_flax.nnx, layer.kind)
+                made = kind(CHANNELS, **layer.flax_options, rngs=rngs)
             else:
                 args, kwargs = layer.flax_arguments
                 plain = {"Dense": "Linear"}.get(layer.kind, layer.kind)
@@ -180,7 +182,7 @@ class NNX:
     def left(self):
         """The norms and the layers that are as they were."""
         ours = ("WSConv", "WSConvTranspose", "WSDense", "BatchChannelNorm", "BatchNorm")
-        kinds = tuple(getattr(bcn_flax.nnx, name) for name in ours)
+        kinds = (nnx.BatchNorm, *(getattr(bcn_flax.nnx, name) for name in ours))
         return {name for name, m in vars(self.folded).items() if isinstance(m, kinds)}
 
     def outputs(self, call, x):
@@ -338,6 +340,13 @@ JAX_ROWS = {
     "transposed kernel": (Layer("ConvTranspose", options={"transpose_kernel": True}), BCN, 2),
     "masked": (conv(mask=jnp.ones((3, 3, 4, 4)).at[1:].set(0)), BCN, 2),
     "no last scale": (CONV, Norm(options=NO_SCALE), 2),
+    "plain norm": (CONV, PLAIN, 2),
+    "plain norm, plain layer": (
+        Layer(ws=None, options=NO_BIAS),
+        PLAIN._replace(options={"epsilon": 0.1, "use_bias": False, "axis": 2}),
+        1,
+    ),
+    "plain norm, dense": (DENSE, PLAIN._replace(options=NO_SCALE | {"axis": (-1,)}), 0),
     "group size": (CONV, Norm(options={"num_groups": None, "group_size": 2}), 2),
 }
 
@@ -421,7 +430,24 @@ GRAPHS = {
     "fork, never": fork(lambda rest, z, y: rest(z * (1 + (y > 1000)))),
     "fork, parts": fork(lambda rest, z, y: {"a": (rest(z), None), "b": [y]}),
 }
+
+
+def detections(m, x):
+    """The first convolution is read where the score is high: not on an example without one."""
+    score = scores(m, x)
+    return jnp.where(score > 6, score, 0)
+
+
+def scores(m, x):
+    y = m.a(x)
+    return m.nb(m.b(jax.nn.relu(m.na(y)) + y)).max(-1)
+
+
 JAX_GRAPHS = {
+    "detections": Graph(TWO, detections, "nb", scores),
+    "a plain norm twice": Graph(
+        {"conv": CONV, "norm": PLAIN}, lambda m, x: m.norm(m.norm(m.conv(x)))
+    ),
     "all keywords": Graph(ONE, lambda m, x: m.norm(x=m.conv(inputs=x)), "norm"),
     "another axis too": Graph(
         {"fc": DENSE, "norm": BN._replace(options={"axis": 1})},
@@ -429,7 +455,13 @@ JAX_GRAPHS = {
     ),
 }
 NNX_GRAPHS = {
-    "flags": one(lambda m, x, y: m.norm(y, use_running_average=True)),
+    "flags": one(lambda m, x, y: m.norm(y, use_running_average=True), "norm"),
+    "positional flags": one(lambda m, x, y: m.norm(y, True, update_stats=False), "norm"),
+    "plain flags": Graph(
+        {"conv": CONV, "norm": PLAIN},
+        lambda m, x: m.norm(m.conv(x), use_running_average=True, mask=None),
+        "norm",
+    ),
     "flags in another call": one(lambda m, x, y: m.norm(m.norm(y), use_running_average=True)),
 }
 

@@ -151,11 +151,18 @@ class Folded:
 def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> Folded:
     """Fold weight standardization and batch norms into the layers before them, for inference.
 
-    A standardized kernel becomes a plain one. A batch norm by its running averages, alone or inside
-    `BatchChannelNorm`, goes into the kernel and bias of the convolution or dense layer before it;
-    the channel norm stays. Everything else is left unchanged, such as a norm after a layer whose
-    output is also used elsewhere. To find the layer before each norm, the model is run on the
-    example input.
+    A standardized kernel becomes a plain one. A batch norm by its running averages, `nn.BatchNorm`
+    or one of this library, alone or inside `BatchChannelNorm`, goes into the kernel and bias of the
+    convolution or dense layer before it; the channel norm stays. Under `nn.vmap`, with variables
+    stacked along axis 0, each member of the ensemble folds.
+
+    Everything else is left unchanged: a norm after a layer whose output is also read elsewhere,
+    returned, or stored in a mutable collection; a layer whose kernel is read elsewhere or changed
+    before use; what is called twice; what runs inside scan, while or cond; subclasses.
+
+    What reads an output is seen in a trace of the model. Nothing runs, and the values of the
+    example do not matter; but it must take every branch of the Python code that a later call may
+    take, with shapes and arguments such as those of later calls.
 
     Example:
         >>> from functools import partial
@@ -168,7 +175,7 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
         >>> logits = jax.jit(partial(folded.apply, train=False))(folded.variables, images)
 
     Args:
-        model: a network with layers of this library.
+        model: a network; it evaluates.
         variables: its variables.
         args: an example input, and whatever else the model takes.
         kwargs: further arguments of the model, such as those that make it evaluate.

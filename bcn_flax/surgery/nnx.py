@@ -121,8 +121,9 @@ def convert_batch_norm(
 def recalibrate(model: Any, batches: Iterable[Any]) -> None:
     """Replace the running statistics of `model` by averages over `batches`, in place.
 
-    See `bcn_flax.surgery.linen.recalibrate`. Nothing else in the model changes, and nothing at all
-    if there is an error.
+    See `bcn_flax.surgery.linen.recalibrate`. The batches run through a copy in evaluation: dropout
+    is off. Nothing else in the model changes, its mode neither, and nothing at all if there is an
+    error.
 
     Example:
         >>> import jax
@@ -170,8 +171,11 @@ def recalibrate(model: Any, batches: Iterable[Any]) -> None:
 def fold(model: Any, *args: Any) -> Any:
     """Fold weight standardization and batch norms into the layers before them, for inference.
 
-    The result is a copy of plain layers, in evaluation: `nnx.Conv` for `WSConv`, `ChannelNorm` for
-    `BatchChannelNorm`, nothing for a batch norm. See `bcn_flax.surgery.linen.fold`.
+    The result is a copy of plain layers, `nnx.Conv` for `WSConv`, `ChannelNorm` for
+    `BatchChannelNorm`, nothing for a batch norm, `nnx.BatchNorm` or one of this library. It is in
+    evaluation, all of its submodules: `.eval()`. See `bcn_flax.surgery.linen.fold` for what is
+    folded, and what an example must do. An output that the model stores in its own state, by `sow`
+    for example, is read.
 
     Example:
         >>> import jax.numpy as jnp
@@ -186,11 +190,11 @@ def fold(model: Any, *args: Any) -> Any:
         ['Conv', 'ChannelNorm']
 
     Args:
-        model: a network with layers of this library; it is not changed.
+        model: a network; it is not changed.
         args: an example input, and whatever else the model takes.
 
     Raises:
-        ValueError: there is nothing to fold.
+        ValueError: there is nothing to fold, or a norm is called with `use_running_average=False`.
     """
     copy = _evaluating(model)
     modules: dict[Path, Any] = dict(nnx.iter_modules(copy))
