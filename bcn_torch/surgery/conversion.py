@@ -1,7 +1,7 @@
-"""Convert a model with batch norms of `torch.nn` into one with BCN and WS."""
+"""Convert a model with batch norms of any class into one with BCN and WS."""
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Any
 
@@ -9,38 +9,58 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from bcn_torch import checks
 from bcn_torch.norms import BatchChannelNorm
 from bcn_torch.surgery.flow import observe
-from bcn_torch.surgery.replacement import STANDARDIZED, copy_with, rebuild
+from bcn_torch.surgery.recognition import (
+    BatchNormParts,
+    batch_norm_parts,
+    may_be_batch_norm,
+    refuse_parametrized,
+    standardized_kind,
+)
+from bcn_torch.surgery.replacement import copy_with, rebuild
+from bcn_torch.weight_standardization import WSLayer
+
+Norms = dict[nn.Module, BatchNormParts]
+Lines = dict[nn.Module, str]
 
 
 def convert_batch_norm(
     model: nn.Module,
-    groups: int | None = 32,
+    groups: int | None = None,
     ws: bool = True,
     *,
     example_inputs: Sequence[Any] | None = None,
     estimate: bool = True,
     momentum: float | None = None,
     leave: Callable[[str, nn.Module], bool] | None = None,
+    report: Callable[[str], object] = print,
 ) -> nn.Module:
     """Copy a model, with a `BatchChannelNorm` for each batch norm, and WS before it.
 
+    A batch norm is recognized by what it has and does, whatever its class: those of `torch.nn`,
+    `SyncBatchNorm` included; subclasses and others that compute the same, which a run on random
+    numbers shows; frozen ones, which use `running_mean` and `running_var` in training too; and
+    those that call their own submodules on the result, such as a dropout and an activation. These
+    submodules are kept: the batch norm becomes a `torch.nn.Sequential` of a `BatchChannelNorm`,
+    called `norm`, and of them, under their names.
+
     A `BatchChannelNorm` takes over scale, shift, running mean and variance, eps, momentum, mode,
-    dtype, device and `requires_grad` of a `torch.nn.BatchNorm1d`, `BatchNorm2d`, `BatchNorm3d` or
-    `SyncBatchNorm`. Its channel norm starts at scale 1 and shift 0, trainable if the scale it took
-    over is. Missing scales and shifts (`affine=False`) are added as trainable parameters (1 and 0),
-    and missing statistics (`track_running_stats=False`) as mean 0 and variance 1.
+    dtype, device and `requires_grad`. Its channel norm starts at scale 1 and shift 0, trainable if
+    the scale it took over is. Missing scales and shifts (`affine=False`) are added as trainable
+    parameters (1 and 0), and missing statistics (`track_running_stats=False`) as mean 0 and
+    variance 1. A frozen norm stays frozen: it normalizes by its estimates in training too
+    (`update_stats=False`), and scales and shifts that were buffers become parameters without
+    `requires_grad`.
 
     With `ws`, the convolution before each norm becomes a `WSConv` with the same parameters. With
-    `example_inputs`, that convolution is found by running the model: its output is the input of the
-    norm. Without them, it is the last layer defined before the norm in the same parent module,
-    among those with as many outputs as the norm has channels. Standardized weights change the
-    output of the convolution, so the old statistics no longer fit: `recalibrate` the model, and
-    fine-tune it.
+    `example_inputs`, that convolution is found by running the model, in evaluation: its output is
+    read by converted norms and by nothing else. Without them, and for norms that do not run on the
+    example, it is the last layer defined before the norm in the same parent module, among those
+    with as many outputs as the norm has channels. Standardized weights change the output of the
+    convolution, so the old statistics no longer fit: `recalibrate` the model, and fine-tune it.
 
     The model itself is not changed. What it shares stays shared in the copy. Hooks of replaced
     modules are not carried over.
@@ -55,13 +75,16 @@ def convert_batch_norm(
         momentum: the weight of the *new* value, instead of each batch norm's own.
         leave: returns true, given dotted name and module, for each batch norm and convolution to
             leave unchanged; a shared module is left everywhere.
+        report: called with a line for each module that is left as it is without being named by
+            `leave`, or that is converted in a way to know of, and why. A list's `append` collects
+            the lines.
 
     Raises:
         ValueError: there is no batch norm to convert; or some of the modules cannot be converted
-            (the message lists all of them): groups do not divide the channels of a norm; a norm is
-            lazy, has a forward of its own, or averages cumulatively (`momentum=None`) and no
-            momentum is given; a convolution has a fan-in of 1, or stands before two norms in the
-            order of definition; a weight is parametrized.
+            (the message lists all of them): groups do not divide the channels of a norm, or leave
+            one channel in a group; a norm is lazy, has a forward that computes something else, or
+            averages cumulatively (`momentum=None`) and no momentum is given; a convolution stands
+            before two norms in the order of definition; a weight is parametrized.
 
     Example:
         >>> import torch
@@ -80,83 +103,133 @@ def convert_batch_norm(
     left = {
         module
         for name, module in model.named_modules(remove_duplicate=False)
-        if leave and isinstance(module, _BatchNorm | _ConvNd) and leave(name, module)
+        if leave
+        and (isinstance(module, _ConvNd) or may_be_batch_norm(module))
+        and leave(name, module)
     }
-    norms = {m for m in model.modules() if isinstance(m, _BatchNorm)} - left
-    if not norms:
+    names = {module: name or "the model itself" for name, module in model.named_modules()}
+    norms: Norms = {}
+    kinds: dict[_ConvNd, type[_ConvNd]] = {}
+    problems: Lines = {}
+    lines: Lines = {}
+    for module in [m for m in names if m not in left]:
+        try:
+            if may_be_batch_norm(module):
+                norms[module] = batch_norm_parts(module)
+            elif ws and isinstance(module, _ConvNd) and not isinstance(module, WSLayer):
+                kinds[module] = standardized_kind(module)
+        except ValueError as error:
+            # Only a batch norm of torch.nn must be converted: others may be no batch norms at all.
+            (problems if isinstance(module, _BatchNorm) else lines)[module] = str(error)
+    if not norms and not problems:
         raise ValueError(
-            "The model must have a batch norm of torch.nn to convert, but it has none that is not "
-            "to be left as it is."
+            "The model must have a batch norm of torch.nn to convert, or one that computes the "
+            "same, but it has none that is not to be left as it is."
         )
-    convolutions: set[_ConvNd] = set()
-    if ws and example_inputs is None:
-        convolutions = _last_defined_before(norms, model) - left
-    elif ws and example_inputs is not None:
-        convolutions = _read_by(norms, model, example_inputs) - left
+    before: list[_ConvNd] = []
+    # With a problem, such as a lazy norm, the example may not run.
+    if ws and not (problems and example_inputs is not None):
+        before, why = _before(norms, kinds, model, example_inputs)
+        lines |= why
 
-    def convert(module: _BatchNorm | _ConvNd) -> nn.Module:
-        if isinstance(module, _BatchNorm):
-            like = _first_floating_point(module, model)
-            return _batch_channel_norm(module, groups, estimate, momentum, like)
-        _refuse_parametrized(module)
-        return rebuild(module, STANDARDIZED[type(module)], module.weight, module.bias)
+    def convert(module: Any) -> nn.Module:
+        if module in before:
+            refuse_parametrized(module)
+            return rebuild(module, kinds[module], module.weight, module.bias)
+        like = _first_floating_point(module, model)
+        new = _batch_channel_norm(norms[module], groups, estimate, momentum, like)
+        return _followed_by(norms[module].after, new.train(module.training))
 
-    converted: dict[nn.Module, nn.Module] = {}
-    problems = []
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm | _ConvNd) and module in norms | convolutions:
-            try:
-                converted[module] = convert(module)
-            except ValueError as error:
-                problems.append(f"{name or 'the model itself'}: {error}")
+    replacements: dict[nn.Module, nn.Module] = {}
+    for module in (*before, *norms):
+        try:
+            replacements[module] = convert(module)
+        except ValueError as error:
+            problems[module] = str(error)
     if problems:
         raise ValueError(
             f"Nothing was converted, because of {len(problems)} of the modules, which can also "
             "be left as they are with leave=lambda name, module: name in {...}:\n"
-            + "\n".join(problems)
+            + "\n".join(f"{name}: {problems[m]}" for m, name in names.items() if m in problems)
         )
-    return copy_with(converted, model)
+    lines |= {
+        norm: "It has one channel, so that its channel norm undoes what it has learned."
+        for norm, parts in norms.items()
+        if parts.channels == 1
+    }
+    for module, name in names.items():
+        if module in lines:
+            report(f"{name}: {lines[module]}")
+    return copy_with(replacements, model)
 
 
-def _read_by(
-    norms: set[_BatchNorm], model: nn.Module, example_inputs: Sequence[Any]
-) -> set[_ConvNd]:
-    """The convolutions whose outputs these norms read."""
-    flow = observe(
-        model,
-        example_inputs,
-        lambda m: type(m) in STANDARDIZED,
-        lambda m: isinstance(m, _BatchNorm),
-    )
-    sources = chain.from_iterable(flow.sources.get(norm, ()) for norm in norms)
-    return {layer for layer in sources if isinstance(layer, _ConvNd)}
+def _before(
+    norms: Norms, kinds: Collection[_ConvNd], model: nn.Module, example_inputs: Sequence[Any] | None
+) -> tuple[list[_ConvNd], Lines]:
+    """The convolutions before these norms, and what to say about the others and the guesses."""
+    names = {module: name for name, module in model.named_modules()}
+    last_defined = _last_defined_before(norms, model)
+    if example_inputs is None:
+        several = [names[conv] for conv in kinds if len(last_defined[conv]) > 1]
+        if several:
+            raise ValueError(
+                "The convolution before each norm must be clear from the order in which the "
+                f"modules are defined, but by that order {', '.join(several)} would be before "
+                "several norms. Give example_inputs, which show where the outputs of the "
+                "convolutions go."
+            )
+        before = [conv for conv in kinds if last_defined[conv]]
+        why = (
+            "by the order of definition it is not the layer before a norm that is converted. "
+            "With example_inputs, this is seen instead."
+        )
+        return before, {c: _not_standardized(c, why) for c in kinds if not last_defined[c]}
+
+    flow = observe(model, example_inputs, lambda m: isinstance(m, _ConvNd), may_be_batch_norm)
+    before = []
+    lines: Lines = {}
+    for conv in kinds:
+        readers = flow.readers.get(conv)
+        if readers is None:
+            # A head for training, for instance
+            after = [norm for norm in last_defined[conv] if norm not in flow.sources]
+            if len(after) == 1:
+                before.append(conv)
+                lines[conv] = (
+                    f"This {type(conv).__name__} did not run on the example. It is standardized, "
+                    f"because it is the last layer defined before {names[after[0]]}."
+                )
+            else:
+                lines[conv] = _not_standardized(conv, "it did not run on the example.")
+        elif readers and readers <= norms.keys():
+            before.append(conv)
+        elif readers & norms.keys():
+            why = "something else than the norm that is converted reads its output too."
+            lines[conv] = _not_standardized(conv, why)
+        else:
+            lines[conv] = _not_standardized(conv, "no norm that is converted reads its output.")
+    return before, lines
 
 
-def _last_defined_before(norms: set[_BatchNorm], model: nn.Module) -> set[_ConvNd]:
-    """For each norm, its last sibling before it with as many outputs, if that is a convolution."""
-    before: dict[nn.Module, nn.Module] = {}
-    siblings: dict[str, list[nn.Module]] = defaultdict(list)
+def _not_standardized(conv: _ConvNd, why: str) -> str:
+    return f"This {type(conv).__name__} is not standardized, because {why}"
+
+
+def _last_defined_before(norms: Norms, model: nn.Module) -> defaultdict[nn.Module, list[nn.Module]]:
+    """The norms after each layer, by the order of definition.
+
+    For each norm that is the last of its siblings before it with as many outputs.
+    """
+    after: defaultdict[nn.Module, list[nn.Module]] = defaultdict(list)
+    siblings: defaultdict[str, list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         earlier = siblings[name.rpartition(".")[0]]
         earlier.append(module)
-        if isinstance(module, _BatchNorm) and module in norms:
-            fitting = [m for m in earlier if _outputs(m) == module.num_features]
-            if fitting:
-                before[module] = fitting[-1]
-    layers = [
-        layer
-        for layer in before.values()
-        if isinstance(layer, _ConvNd) and type_before_parametrizations(layer) in STANDARDIZED
-    ]
-    names = {module: name for name, module in model.named_modules()}
-    several = [names[layer] for layer, n in Counter(layers).items() if n > 1]
-    if several:
-        raise ValueError(
-            "The convolution before each norm must be clear from the order in which the modules "
-            f"are defined, but by that order {', '.join(several)} would be before several norms. "
-            "Give example_inputs, which show where the outputs of the convolutions go."
-        )
-    return set(layers)
+        if module in norms:
+            fitting = [m for m in earlier if _outputs(m) == norms[module].channels]
+            if fitting and module not in after[fitting[-1]]:
+                after[fitting[-1]].append(module)
+    return after
 
 
 def _outputs(module: nn.Module) -> int | None:
@@ -173,51 +246,57 @@ def _first_floating_point(*modules: nn.Module) -> Tensor:
 
 
 def _batch_channel_norm(
-    norm: _BatchNorm, groups: int | None, estimate: bool, momentum: float | None, like: Tensor
+    norm: BatchNormParts, groups: int | None, estimate: bool, momentum: float | None, like: Tensor
 ) -> BatchChannelNorm:
     """A batch-channel norm that takes over what `norm` has, of the dtype and device of `like`."""
-    _require_convertible(norm)
     momentum = norm.momentum if momentum is None else momentum
     if momentum is None:
         raise ValueError(
             "momentum=None, a cumulative average, has no counterpart here. Give a momentum, for "
             "example momentum=0.1."
         )
-    channels = norm.num_features
-    if groups is None:
-        groups = max(d for d in range(1, 33) if channels % d == 0 and (d == 1 or channels >= 2 * d))
-    new = BatchChannelNorm(channels, groups, norm.eps, momentum, estimate)
-    new.to(like.device, like.dtype).train(norm.training)
+    groups = _group_count(norm.channels, groups)
+    # Batch norm without estimates in training cannot be frozen.
+    new = BatchChannelNorm(norm.channels, groups, norm.eps, momentum, estimate or norm.frozen)
+    new.to(like.device, like.dtype)
+    if norm.frozen:
+        new.update_stats = False
     if norm.weight is not None:
-        new.batch_norm.scale = norm.weight
+        new.batch_norm.scale = _parameter(norm.weight)
         new.channel_norm.requires_grad_(norm.weight.requires_grad)
     if norm.bias is not None:
-        new.batch_norm.shift = norm.bias
-    if norm.running_mean is not None and norm.running_var is not None:
-        new.batch_norm.exp_mean.copy_(norm.running_mean)
-        new.batch_norm.exp_var.copy_(norm.running_var)
+        new.batch_norm.shift = _parameter(norm.bias)
+    if norm.mean is not None and norm.var is not None:
+        new.batch_norm.exp_mean.copy_(norm.mean)
+        new.batch_norm.exp_var.copy_(norm.var)
     return new
 
 
-def _require_convertible(norm: _BatchNorm) -> None:
-    kind = type(norm)
-    if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
-        raise ValueError(
-            f"A {kind.__name__} does not know its size yet. Run the model on a batch first."
-        )
-    if kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
-        raise ValueError(
-            f"{kind.__name__} has a forward of its own, which a conversion would lose. "
-            "Convert it by hand, or leave it as it is with leave."
-        )
-    _refuse_parametrized(norm)
+def _parameter(values: Tensor) -> nn.Parameter:
+    """The parameter itself; of a buffer, one that is not trained."""
+    return values if isinstance(values, nn.Parameter) else nn.Parameter(values, requires_grad=False)
 
 
-def _refuse_parametrized(module: nn.Module) -> None:
-    computed = [name for name in ("weight", "bias") if name not in module._parameters]
-    if computed:
+def _group_count(channels: int, groups: int | None) -> int:
+    """The number of groups, by default as many as possible of two channels or more, up to 32."""
+    possible = [d for d in range(1, channels + 1) if channels % d == 0 and channels >= 2 * d] or [1]
+    if groups is None:
+        return max(d for d in possible if d <= 32)
+    if groups not in possible:
         raise ValueError(
-            f"The {' and '.join(computed)} of this {type(module).__name__} is computed by a "
-            "parametrization, such as weight_norm or spectral_norm, which a conversion would lose. "
-            "Remove it first, or leave the module as it is with leave."
+            "groups must divide the number of channels into groups of two or more, because a "
+            "channel norm of single channels undoes what the batch norm has learned, but "
+            f"groups={groups} and there are {channels} channels. Any of "
+            f"{', '.join(map(str, possible))} would do, and groups=None chooses for each norm."
         )
+    return groups
+
+
+def _followed_by(modules: dict[str, nn.Module], norm: BatchChannelNorm) -> nn.Module:
+    """The norm, then these modules under their names."""
+    if not modules:
+        return norm
+    name = "norm" if "norm" not in modules else "batch_channel_norm"
+    sequence = nn.Sequential(OrderedDict({name: norm, **modules}))
+    sequence.training = norm.training
+    return sequence

@@ -5,13 +5,45 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import conv2d, pad
 from torch.nn.modules.conv import _ConvNd
 
 from bcn_torch.weight_standardization import WSConv1d, WSConv2d, WSConv3d, WSLinear
 
 Layer = _ConvNd | nn.Linear
 
+
+class _SamePadding(_ConvNd):
+    """Pads as TensorFlow's "SAME": `ceil(size / stride)` outputs, the odd zero at the end.
+
+    The arguments of PyTorch's `padding` and `padding_mode` have no effect.
+    """
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        stride, dilation = self.stride, self.dilation
+        top, bottom = _same_padding(x.shape[2], self.kernel_size[0], stride[0], dilation[0])
+        left, right = _same_padding(x.shape[3], self.kernel_size[1], stride[1], dilation[1])
+        padded = pad(x, [left, right, top, bottom])
+        return conv2d(padded, weight, bias, stride, 0, dilation, self.groups)
+
+
+class Conv2dSame(_SamePadding, nn.Conv2d):
+    """`torch.nn.Conv2d` with the padding "SAME" of TensorFlow."""
+
+
+class WSConv2dSame(_SamePadding, WSConv2d):
+    """`WSConv2d` with the padding "SAME" of TensorFlow."""
+
+
+def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    """How many zeros come before and after `size` values."""
+    outputs = (size + stride - 1) // stride
+    zeros = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return zeros // 2, zeros - zeros // 2
+
+
 STANDARDIZED: dict[type[_ConvNd], type[_ConvNd]] = {
+    Conv2dSame: WSConv2dSame,
     nn.Conv1d: WSConv1d,
     nn.Conv2d: WSConv2d,
     nn.Conv3d: WSConv3d,
