@@ -6,15 +6,18 @@ The equations in the comments use `mu` and `sigma2` for the mean and variance of
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from bcn_torch import checks
 from bcn_torch.precision import widen
+from bcn_torch.tracing import one_node
 
 RunningVariance = Literal["biased", "unbiased", "around_running_mean"]
 
@@ -22,8 +25,8 @@ RunningVariance = Literal["biased", "unbiased", "around_running_mean"]
 class _Norm(nn.Module):
     """Base of the norms: `scale * (x - mean) / sqrt(var + eps) + shift`."""
 
-    scale: nn.Parameter | None
-    shift: nn.Parameter | None
+    scale: Tensor | None
+    shift: Tensor | None
 
     def __init__(self, channels: int, size: int, eps: float, affine: bool) -> None:
         super().__init__()
@@ -38,10 +41,11 @@ class _Norm(nn.Module):
     def _normalize(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         # x_hat = (x - mu) / sqrt(sigma2 + eps)
         x_hat = (x - mean) / torch.sqrt(var + self.eps)
-        if self.scale is None or self.shift is None:
+        scale, shift = self.scale, self.shift
+        if scale is None or shift is None:
             return x_hat
         # y = scale * x_hat + shift
-        return _along_axis_1(self.scale, x) * x_hat + _along_axis_1(self.shift, x)
+        return _along_axis_1(scale, x) * x_hat + _along_axis_1(shift, x)
 
 
 class BatchNorm(_Norm):
@@ -89,6 +93,7 @@ class BatchNorm(_Norm):
 
     exp_mean: Tensor
     exp_var: Tensor
+    update_stats: bool | None
 
     def __init__(
         self,
@@ -128,10 +133,16 @@ class BatchNorm(_Norm):
         Raises:
             ValueError: `x` is not floating-point, is empty, or axis 1 is not of length `channels`.
         """
-        checks.require_input(x, self.channels)
+        if not is_scripting():
+            if isinstance(x, Proxy):
+                return one_node(self, x)
+            checks.require_input(x, self.channels)
         wide = widen(x)
-        moments = self._training_moments if self.training else self._evaluation_moments
-        return self._normalize(wide, *moments(wide)).to(x.dtype)
+        if self.training:
+            mean, var = self._training_moments(wide)
+        else:
+            mean, var = self._evaluation_moments(wide)
+        return self._normalize(wide, mean, var).to(x.dtype)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor."""
@@ -143,33 +154,41 @@ class BatchNorm(_Norm):
     def _training_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The moments used in training: those of the batch."""
         mean, var = batch_moments(x)
-        if self.update_stats is not False:
+        if self._updates():
             self._update(x, mean, var)
         return mean, var
 
     def _evaluation_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The moments used in evaluation: the running estimates before any update."""
-        if not self.update_stats:
-            return self._estimates(x)
-        mean, var = (estimate.clone() for estimate in self._estimates(x))
-        self._update(x, *batch_moments(x.detach()))
+        mean, var = self._estimates(x)
+        if self._updates():
+            mean, var = mean.clone(), var.clone()
+            mu, sigma2 = batch_moments(x.detach())
+            self._update(x, mu, sigma2)
         return mean, var
 
     def _estimates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return _along_axis_1(self.exp_mean, x), _along_axis_1(self.exp_var, x)
 
-    @torch.no_grad()
+    def _updates(self) -> bool:
+        """Whether this call updates the running estimates."""
+        update_stats = self.update_stats
+        return self.training if update_stats is None else update_stats
+
     def _update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:
         """Update the running estimates with the moments of `x` that are finite."""
-        _warn_of_single_values(x.shape)
-        r, mu, sigma2 = self.momentum, mean.flatten(), self._variance_for_update(x, var).flatten()
-        finite = mu.isfinite() & sigma2.isfinite()
-        # mu_hat <- (1 - r) mu_hat + r mu
-        mu_hat = (1 - r) * self.exp_mean + r * mu
-        # sigma2_hat <- (1 - r) sigma2_hat + r sigma2
-        sigma2_hat = (1 - r) * self.exp_var + r * sigma2
-        self.exp_mean.copy_(torch.where(finite, mu_hat, self.exp_mean))
-        self.exp_var.copy_(torch.where(finite, sigma2_hat, self.exp_var))
+        if not is_scripting():
+            _warn_of_single_values(x.shape)
+        with torch.no_grad():
+            r = self.momentum
+            mu, sigma2 = mean.flatten(), self._variance_for_update(x, var).flatten()
+            finite = mu.isfinite() & sigma2.isfinite()
+            # mu_hat <- (1 - r) mu_hat + r mu
+            mu_hat = (1 - r) * self.exp_mean + r * mu
+            # sigma2_hat <- (1 - r) sigma2_hat + r sigma2
+            sigma2_hat = (1 - r) * self.exp_var + r * sigma2
+            self.exp_mean.copy_(torch.where(finite, mu_hat, self.exp_mean))
+            self.exp_var.copy_(torch.where(finite, sigma2_hat, self.exp_var))
 
     def _variance_for_update(self, x: Tensor, var: Tensor) -> Tensor:
         """The variance of `x` that updates the running estimate; `var` is the biased one."""
@@ -248,8 +267,9 @@ class EstimatedBatchNorm(BatchNorm):
 
     def _training_moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The moments used in training: the running estimates after their update."""
-        if self.update_stats is not False:
-            self._update(x, *batch_moments(x.detach()))
+        if self._updates():
+            mu, sigma2 = batch_moments(x.detach())
+            self._update(x, mu, sigma2)
         return self._estimates(x)
 
 
@@ -296,11 +316,14 @@ class ChannelNorm(_Norm):
         Raises:
             ValueError: `x` is not floating-point, is empty, or axis 1 is not of length `channels`.
         """
-        checks.require_input(x, self.channels)
-        _warn_of_single_values_in_groups(x.shape, self.groups)
+        if not is_scripting():
+            if isinstance(x, Proxy):
+                return one_node(self, x)
+            checks.require_input(x, self.channels)
+            _warn_of_single_values_in_groups(x.shape, self.groups)
         # [batch, channels, *] -> [batch, groups, channels / groups, *]
-        grouped = widen(x).unflatten(1, (self.groups, -1))
-        mean, var = _moments(grouped, axes=range(2, grouped.dim()))
+        grouped = widen(x).unflatten(1, [self.groups, -1])
+        mean, var = _moments(grouped, axes=list(range(2, grouped.dim())))
         return self._normalize(grouped, mean, var).flatten(1, 2).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -373,6 +396,8 @@ class BatchChannelNorm(nn.Module):
         )
         self.channel_norm = ChannelNorm(channels, groups, eps)
 
+    __jit_unused_properties__: ClassVar = ["update_stats"]
+
     @property
     def update_stats(self) -> bool | None:
         """That of the batch norm: when to update the running estimates."""
@@ -388,7 +413,10 @@ class BatchChannelNorm(nn.Module):
         Raises:
             ValueError: `x` is not floating-point, is empty, or axis 1 is not of length `channels`.
         """
-        checks.require_floating_point(x.dtype)
+        if not is_scripting():
+            if isinstance(x, Proxy):
+                return one_node(self, x)
+            checks.require_floating_point(x.dtype)
         # Widened here, so that a half-precision result is not rounded between the two norms.
         y = self.batch_norm(widen(x))
         y = self.channel_norm(y)
@@ -437,9 +465,8 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             norm.update_stats = update_stats
 
 
-def _moments(x: Tensor, axes: Iterable[int]) -> tuple[Tensor, Tensor]:
+def _moments(x: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over `axes`, which stay with length 1."""
-    axes = tuple(axes)
     # mu = E[x]
     mean = x.mean(axes, keepdim=True)
     # sigma2 = E[(x - mu)^2]
@@ -452,13 +479,17 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return _moments(x, _all_axes_but_1(x))
 
 
-def _all_axes_but_1(x: Tensor) -> tuple[int, ...]:
-    return (0, *range(2, x.dim()))
+def _all_axes_but_1(x: Tensor) -> list[int]:
+    axes = list(range(x.dim()))
+    axes.pop(1)
+    return axes
 
 
 def _along_axis_1(values: Tensor, x: Tensor) -> Tensor:
     """Reshape one value per channel, or group, to broadcast along axis 1 of `x`."""
-    return values.view(1, -1, *(1,) * (x.dim() - 2))
+    shape = [1] * x.dim()
+    shape[1] = -1
+    return values.view(shape)
 
 
 def _warn_of_single_values(shape: Sequence[int]) -> None:

@@ -6,10 +6,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn.modules.conv import _ConvNd
 
 from bcn_torch import checks
 from bcn_torch.precision import widen
+from bcn_torch.tracing import one_node
 
 EpsRole = Literal["added_to_variance", "added_to_deviation", "least_variance"]
 
@@ -37,7 +40,7 @@ class Standardization(NamedTuple):
 
     unbiased: bool = True
     eps: float = 1e-5
-    eps_role: EpsRole = "added_to_variance"
+    eps_role: str = "added_to_variance"
     fan_in_scaling: bool = False
     gain: bool = False
     gamma: float = 1.0
@@ -74,22 +77,23 @@ def standardize_weight(
     Source: Qiao et al., arXiv 1903.10520; by default unbiased variance and eps inside the root as
     in the annotated implementation (`labml_nn/normalization/weight_standardization`).
     """
-    checks.require_floating_point(weight.dtype, "weight")
-    _require_fan_in(weight.shape)
-    _require_standardization(standardization)
-    _require_gain(weight.shape, standardization.gain, gain)
+    if not is_scripting():
+        checks.require_floating_point(weight.dtype, "weight")
+        _require_fan_in(weight.shape)
+        _require_standardization(standardization)
+        _require_gain(weight.shape, standardization.gain, gain)
     w = widen(weight)
-    axes = tuple(range(1, w.dim()))
+    axes = list(range(1, w.dim()))
     # N, the fan-in: how many weights an output channel has
-    n = w.shape[1:].numel()
+    n = w[0].numel()
     # mu = 1/N sum w
     mean = w.mean(axes, keepdim=True)
     # sigma2 = 1/(N - 1) sum (w - mu)^2, or 1/N
-    var = ((w - mean) ** 2).sum(axes, keepdim=True) / (n - standardization.unbiased)
+    var = ((w - mean) ** 2).sum(axes, keepdim=True) / (n - int(standardization.unbiased))
     # w_hat = gamma (w - mu) / divisor
     w_hat = standardization.gamma * (w - mean) / _divisor(var, n, standardization)
     if gain is not None:
-        w_hat = w_hat * widen(gain).view(-1, *(1,) * len(axes))
+        w_hat = w_hat * widen(gain).view([-1] + [1] * len(axes))
     return w_hat.to(weight.dtype)
 
 
@@ -116,7 +120,8 @@ class WSLayer(nn.Module):
     """Base of all layers: the standardization and its learned gain, if any."""
 
     weight: Tensor
-    gain: nn.Parameter | None
+    gain: Tensor | None
+    standardization: Standardization
 
     def __init__(
         self, *args: Any, standardization: Standardization = Standardization(), **kwargs: Any
@@ -156,6 +161,9 @@ class _WSConv(WSLayer, _ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve `x` with the standardized weight."""
+        if not is_scripting():  # noqa: SIM102  # TorchScript would compile what follows an `and`.
+            if isinstance(x, Proxy):
+                return one_node(self, x)
         return self._conv_forward(x, self._standardized_weight(), self.bias)
 
 
@@ -194,6 +202,9 @@ class WSLinear(WSLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `x` by the standardized weight."""
+        if not is_scripting():  # noqa: SIM102  # TorchScript would compile what follows an `and`.
+            if isinstance(x, Proxy):
+                return one_node(self, x)
         return nn.functional.linear(x, self._standardized_weight(), self.bias)
 
 

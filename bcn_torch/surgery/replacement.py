@@ -13,10 +13,10 @@ from bcn_torch.weight_standardization import WSConv1d, WSConv2d, WSConv3d, WSLin
 Layer = _ConvNd | nn.Linear
 
 
-class _SamePadding(_ConvNd):
-    """Pads as TensorFlow's "SAME": `ceil(size / stride)` outputs, the odd zero at the end.
+class Conv2dSame(nn.Conv2d):
+    """`torch.nn.Conv2d` with the padding "SAME" of TensorFlow: `ceil(size / stride)` outputs.
 
-    The arguments of PyTorch's `padding` and `padding_mode` have no effect.
+    The argument `padding` has no effect.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -27,16 +27,14 @@ class _SamePadding(_ConvNd):
         return conv2d(padded, weight, bias, stride, 0, dilation, self.groups)
 
 
-class Conv2dSame(_SamePadding, nn.Conv2d):
-    """`torch.nn.Conv2d` with the padding "SAME" of TensorFlow."""
+class WSConv2dSame(WSConv2d):
+    """`WSConv2d` with the padding "SAME" of TensorFlow, as `Conv2dSame`."""
 
-
-class WSConv2dSame(_SamePadding, WSConv2d):
-    """`WSConv2d` with the padding "SAME" of TensorFlow."""
+    _conv_forward = Conv2dSame._conv_forward
 
 
 def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-    """How many zeros come before and after `size` values."""
+    """How many zeros come before and after `size` values: the odd one after."""
     outputs = (size + stride - 1) // stride
     zeros = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
     return zeros // 2, zeros - zeros // 2
