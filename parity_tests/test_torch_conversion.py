@@ -396,12 +396,11 @@ def test_the_converted_model_is_a_copy_that_consumes_no_random_numbers():
 
 
 REFUSED = """\
-Nothing was converted, because of 8 of the modules, which can also be left as they are with \
+Nothing was converted, because of 7 of the modules, which can also be left as they are with \
 leave=lambda name, module: name in {...}:
-groups: groups must divide the number of channels, but groups=4 and there are 6 channels. Any of \
-1, 2, 3, 6 would do.
-fan_in.0: Weight standardization needs at least 2 weights per output channel (fan-in), but a \
-weight of shape (8, 1, 1, 1) has 1. Use the layer without weight standardization here.
+groups: groups must divide the number of channels into groups of two or more, because a channel \
+norm of single channels undoes what the batch norm has learned, but groups=4 and there are 6 \
+channels. Any of 1, 2, 3 would do, and groups=None chooses for each norm.
 parametrized.0: The weight of this ParametrizedConv2d is computed by a parametrization, such as \
 weight_norm or spectral_norm, which a conversion would lose. Remove it first, or leave the module \
 as it is with leave.
@@ -440,6 +439,7 @@ def test_all_that_cannot_be_converted_is_listed_at_once():
     del model["lazy"]  # which nothing can copy
     new = convert_batch_norm(model, groups=4, leave=lambda name, _: not name.startswith("fine"))
     assert [type(m) for m in new["fine"]] == [WSConv2d, BatchChannelNorm]
+    assert type(new["fan_in"][0]) is nn.Conv2d
 
 
 def test_a_bad_momentum_and_a_bad_root_are_refused():

@@ -204,7 +204,7 @@ def _before(
         elif readers and readers <= norms.keys():
             before.append(conv)
         elif readers & norms.keys():
-            why = "something else than the norm that is converted reads its output too."
+            why = "something other than the norm that is converted reads its output too."
             lines[conv] = _not_standardized(conv, why)
         else:
             lines[conv] = _not_standardized(conv, "no norm that is converted reads its output.")

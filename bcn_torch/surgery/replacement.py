@@ -30,7 +30,7 @@ class Conv2dSame(nn.Conv2d):
 class WSConv2dSame(WSConv2d):
     """`WSConv2d` with the padding "SAME" of TensorFlow, as `Conv2dSame`."""
 
-    _conv_forward = Conv2dSame._conv_forward
+    _conv_forward = Conv2dSame._conv_forward  # type: ignore[assignment]  # other argument names
 
 
 def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
