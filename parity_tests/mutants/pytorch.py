@@ -6,6 +6,13 @@ TORCH_NORMS = "bcn_torch/norms.py"
 TORCH_WEIGHTS = "bcn_torch/weight_standardization.py"
 TORCH_PRECISION = "bcn_torch/precision.py"
 
+# Of EstimatedBatchNorm, in training
+UPDATE = (
+    "            mu, sigma2 = batch_moments(x.detach())\n"
+    "            self._update(x, mu, sigma2)\n"
+    "        return self._estimates(x)"
+)
+
 MUTANTS = (
     Mutant(
         "torch-epsilon-outside-the-root",
@@ -26,8 +33,8 @@ MUTANTS = (
     Mutant(
         "torch-shift-ignored",
         TORCH_NORMS,
-        "_along_axis_1(self.scale, x) * x_hat + _along_axis_1(self.shift, x)",
-        "_along_axis_1(self.scale, x) * x_hat",
+        "_along_axis_1(scale, x) * x_hat + _along_axis_1(shift, x)",
+        "_along_axis_1(scale, x) * x_hat",
         "The norms do not shift.",
         hint="ChannelNorm linen float64",
     ),
@@ -58,7 +65,7 @@ MUTANTS = (
     Mutant(
         "torch-training-does-not-update",
         TORCH_NORMS,
-        "        mean, var = batch_moments(x)\n        if self.update_stats is not False:",
+        "        mean, var = batch_moments(x)\n        if self._updates():",
         "        mean, var = batch_moments(x)\n        if self.update_stats:",
         "By default the running estimates of BatchNorm never move.",
         hint="BatchNorm linen float64",
@@ -66,25 +73,24 @@ MUTANTS = (
     Mutant(
         "torch-evaluation-updates",
         TORCH_NORMS,
-        "if not self.update_stats:",
-        "if self.update_stats is False:",
+        "return self.training if update_stats is None else update_stats",
+        "return True if update_stats is None else update_stats",
         "By default the running estimates move in evaluation too.",
         hint="BatchNorm linen float64",
     ),
     Mutant(
         "torch-evaluation-by-the-batch",
         TORCH_NORMS,
-        "        if not self.update_stats:\n            return self._estimates(x)",
-        "        if not self.update_stats:\n            return batch_moments(x)",
+        "mean, var = self._evaluation_moments(wide)",
+        "mean, var = batch_moments(wide)",
         "Evaluation normalizes by whatever else is in the batch.",
         hint="BatchNorm linen float64",
     ),
     Mutant(
         "torch-update-with-gradient",
         TORCH_NORMS,
-        "    @torch.no_grad()\n"
-        "    def _update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:",
-        "    def _update(self, x: Tensor, mean: Tensor, var: Tensor) -> None:",
+        "        with torch.no_grad():",
+        "        with torch.enable_grad():",
         "The estimates keep the graph of every batch alive, as in the annotated implementation.",
         hint="BatchNorm linen float64",
     ),
@@ -144,8 +150,7 @@ MUTANTS = (
     Mutant(
         "torch-normalized-before-the-update",
         TORCH_NORMS,
-        "            self._update(x, *batch_moments(x.detach()))\n"
-        "        return self._estimates(x)",
+        UPDATE,
         "            before = [estimate.clone() for estimate in self._estimates(x)]\n"
         "            self._update(x, *batch_moments(x.detach()))\n"
         "            return before\n"
@@ -156,8 +161,7 @@ MUTANTS = (
     Mutant(
         "torch-gradient-through-the-estimates",
         TORCH_NORMS,
-        "            self._update(x, *batch_moments(x.detach()))\n"
-        "        return self._estimates(x)",
+        UPDATE,
         "            mean, var = batch_moments(x)\n"
         "            self._update(x, mean, var)\n"
         "            mu_hat, sigma2_hat = self._estimates(x)\n"
@@ -170,8 +174,7 @@ MUTANTS = (
     Mutant(
         "torch-statistics-of-the-output",
         TORCH_NORMS,
-        "            self._update(x, *batch_moments(x.detach()))\n"
-        "        return self._estimates(x)",
+        UPDATE,
         "            mu_hat, sigma2_hat = self._estimates(x.detach())\n"
         "            x_hat = (x.detach() - mu_hat) / torch.sqrt(sigma2_hat + self.eps)\n"
         "            self._update(x_hat, *batch_moments(x_hat))\n"
@@ -183,16 +186,15 @@ MUTANTS = (
     Mutant(
         "torch-estimate-normalizes-by-the-batch",
         TORCH_NORMS,
-        "            self._update(x, *batch_moments(x.detach()))\n"
-        "        return self._estimates(x)",
-        "            self._update(x, *batch_moments(x.detach()))\n        return batch_moments(x)",
+        UPDATE,
+        "            self._update(x, *batch_moments(x))\n        return batch_moments(x)",
         "EstimatedBatchNorm is a plain batch norm in training.",
         hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
         "torch-groups-interleaved",
         TORCH_NORMS,
-        "grouped = widen(x).unflatten(1, (self.groups, -1))",
+        "grouped = widen(x).unflatten(1, [self.groups, -1])",
         "grouped = widen(x).unflatten(1, (-1, self.groups)).transpose(1, 2)",
         "Channels are dealt out to the groups in turn, and come out in another order.",
         hint="ChannelNorm linen float64",
@@ -200,35 +202,35 @@ MUTANTS = (
     Mutant(
         "torch-channel-norm-without-space",
         TORCH_NORMS,
-        "axes=range(2, grouped.dim())",
-        "axes=(2,)",
+        "axes=list(range(2, grouped.dim()))",
+        "axes=[2]",
         "Each pixel by itself: a layer norm of the group.",
         hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-channel-norm-of-space-only",
         TORCH_NORMS,
-        "axes=range(2, grouped.dim())",
-        "axes=range(3, grouped.dim())",
+        "axes=list(range(2, grouped.dim()))",
+        "axes=list(range(3, grouped.dim()))",
         "Each channel by itself: an instance norm.",
         hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-channel-norm-of-the-batch",
         TORCH_NORMS,
-        "axes=range(2, grouped.dim())",
-        "axes=(0, *range(2, grouped.dim()))",
+        "axes=list(range(2, grouped.dim()))",
+        "axes=[0, *range(2, grouped.dim())]",
         "The channel norm pools its samples, which must not see each other.",
         hint="ChannelNorm linen float64",
     ),
     Mutant(
         "torch-contiguous-only",
         TORCH_NORMS,
-        "        grouped = widen(x).unflatten(1, (self.groups, -1))\n"
-        "        mean, var = _moments(grouped, axes=range(2, grouped.dim()))\n"
+        "        grouped = widen(x).unflatten(1, [self.groups, -1])\n"
+        "        mean, var = _moments(grouped, axes=list(range(2, grouped.dim())))\n"
         "        return self._normalize(grouped, mean, var).flatten(1, 2).to(x.dtype)",
         "        grouped = widen(x).view(len(x), self.groups, -1)\n"
-        "        mean, var = _moments(grouped, axes=(2,))\n"
+        "        mean, var = _moments(grouped, axes=[2])\n"
         "        return self._normalize(grouped, mean, var).view(x.shape).to(x.dtype)",
         "`.view` wants contiguous memory, as the annotated implementation does.",
         hint="data=strided",
@@ -268,7 +270,7 @@ MUTANTS = (
     Mutant(
         "torch-weights-biased",
         TORCH_WEIGHTS,
-        "(n - standardization.unbiased)",
+        "(n - int(standardization.unbiased))",
         "n",
         "The biased variance, as in BiT and timm.",
         hint="WSDense linen float64",
@@ -276,16 +278,16 @@ MUTANTS = (
     Mutant(
         "torch-weights-of-the-window",
         TORCH_WEIGHTS,
-        "axes = tuple(range(1, w.dim()))",
-        "axes = tuple(range(2, w.dim())) or (1,)",
+        "axes = list(range(1, w.dim()))",
+        "axes = list(range(2, w.dim())) or [1]",
         "Each window by itself: input channels are not pooled.",
         hint="WSConv linen float64",
     ),
     Mutant(
         "torch-weights-of-input-channels",
         TORCH_WEIGHTS,
-        "axes = tuple(range(1, w.dim()))",
-        "axes = (0, *range(2, w.dim()))",
+        "axes = list(range(1, w.dim()))",
+        "axes = [0, *range(2, w.dim())]",
         "The weights of each input channel are standardized, not those of each output channel.",
         hint="WSConv linen float64",
     ),
@@ -308,7 +310,7 @@ MUTANTS = (
     Mutant(
         "torch-gain-ignored",
         TORCH_WEIGHTS,
-        "w_hat = w_hat * widen(gain).view(-1, *(1,) * len(axes))",
+        "w_hat = w_hat * widen(gain).view([-1] + [1] * len(axes))",
         "pass",
         "The learned gain changes nothing.",
         hint="standardization=timm_scaled",
@@ -345,8 +347,7 @@ EQUIVALENT = (
     Mutant(
         "torch-moments-not-detached",
         TORCH_NORMS,
-        "            self._update(x, *batch_moments(x.detach()))\n"
-        "        return self._estimates(x)",
+        UPDATE,
         "            self._update(x, *batch_moments(x))\n        return self._estimates(x)",
         "`_update` records no gradient, whatever it is given; detached, the moments need no graph "
         "to begin with.",
@@ -355,8 +356,8 @@ EQUIVALENT = (
     Mutant(
         "torch-view-or-reshape",
         TORCH_NORMS,
-        "return values.view(1, -1, *(1,) * (x.dim() - 2))",
-        "return values.reshape(1, -1, *(1,) * (x.dim() - 2))",
+        "return values.view(shape)",
+        "return values.reshape(shape)",
         "A parameter or buffer is contiguous, and then `view` and `reshape` are the same.",
         hint="strided",
     ),
