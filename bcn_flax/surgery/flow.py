@@ -38,8 +38,8 @@ class Call(Generic[Path]):
 
     Attributes:
         path: of the module.
-        weights: which of the stored arrays it uses, by name; None if it uses others, such as a
-            slice of them in a scan, or normalized ones.
+        weights: which of the stored arrays it uses, by name; None if they are not all its own, such
+            as a slice in a scan, or a normalized kernel.
         levels: the `vmap`s around it.
         foldable: false if the module is called in a way that a folded one could not be.
         readers: what reads the output of a layer: calls of norms, and None for anything else.
@@ -146,12 +146,10 @@ class Flow(Generic[Path]):
         }
 
     def _is_foldable(self, call: Call[Path]) -> bool:
-        if not call.foldable or call.weights is None:
-            return False
-        own = self._own(call.path)
-        return all(
-            self.stored[i] is own.get(name) and i not in self._read_elsewhere
-            for name, i in call.weights.items()
+        return (
+            call.foldable
+            and call.weights is not None
+            and self._read_elsewhere.isdisjoint(call.weights.values())
         )
 
     def follow(self, jaxpr: Jaxpr, given: Iterable[Any]) -> list[Any]:
@@ -200,7 +198,11 @@ class Flow(Generic[Path]):
             for name, weight in zip(names, weights, strict=True)
             if isinstance(weight, _Weight)
         }
-        return Call(path, numbers if len(numbers) == len(names) else None, levels, foldable)
+        own = self._own(path)
+        if all(name in numbers and self.stored[numbers[name]] is own.get(name) for name in names):
+            return Call(path, numbers, levels, foldable)
+        self._read_elsewhere.update(numbers.values())
+        return Call(path, None, levels, foldable)
 
     def read(self, source: Any, reader: Call[Path] | None = None) -> None:
         """Take note that `reader` reads what comes from `source`."""

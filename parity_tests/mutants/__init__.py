@@ -9,7 +9,7 @@ forgotten. A mutant that no check catches is a gap in the suite, or it is no def
 from collections.abc import Iterator
 from typing import Any
 
-from parity_tests.mutants import affine, interop, kernels, layers, norms, passes, pytorch
+from parity_tests.mutants import affine, interop, kernels, layers, norms, passes, pytorch, surgery
 from parity_tests.mutants.mutant import Mutant, catch
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -19,6 +19,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *kernels.MUTANTS,
     *layers.MUTANTS,
     *interop.MUTANTS,
+    *surgery.MUTANTS,
     *pytorch.MUTANTS,
 )
 EQUIVALENT: tuple[Mutant, ...] = (
