@@ -369,7 +369,8 @@ class Slots:
         self.y = y
 
 
-def relu(y):
+@script
+def scripted(y):
     return y.relu()
 
 
@@ -396,7 +397,7 @@ READS = {
     "exchanged as a capsule": torch.utils.dlpack.to_dlpack,
     "saved": lambda y: torch.save(y, io.BytesIO()),
     "compiled": torch.compile(lambda y: y + 1, backend="eager"),
-    "scripted": script(relu),
+    "scripted": scripted,
     "its own function": Squared.apply,
     "vectorized": torch.vmap(lambda y: 2 * y),
     "a closure, vectorized": lambda y: torch.vmap(lambda x: x * y)(torch.ones(2)),
@@ -456,7 +457,7 @@ HOOKS = {
     "before the layer": lambda m: m.conv.register_forward_pre_hook(lambda *_: None),
     "of the norm": lambda m: m.norm.register_forward_hook(lambda *_: None),
     "before the norm": lambda m: m.norm.register_forward_pre_hook(lambda *_: None),
-    "a forward of the layer": lambda m: setattr(m.conv, "forward", m.other.forward),
+    "a forward of the layer": lambda m: setattr(m.conv, "forward", nn.Identity().forward),
     "a forward of the norm": lambda m: setattr(m.norm, "forward", torch.relu),
 }
 
@@ -466,6 +467,38 @@ def test_a_layer_or_norm_whose_call_is_changed_stays(change):
     model = Graph(lambda m, x: m.norm(m.conv(x)), conv=conv(), norm=bcn(), other=conv())
     change(model)
     assert type(fold(model, torch.zeros(2, 4, 4, 4)).norm) is BatchChannelNorm
+
+
+WEIGHTS = {
+    "read": lambda m: m.conv.weight.sum(),
+    "the bias": lambda m: -m.conv.bias,
+    "of the norm": lambda m: m.norm.batch_norm.exp_mean + 1,
+    "returned": lambda m: {"weights": [m.conv.weight]},
+    "another call": lambda m: nn.functional.conv2d(torch.ones(1, 4, 3, 3), m.conv.weight),
+    "a part of the norm": lambda m: m.norm.batch_norm(torch.ones(1, 4, 3, 3)),
+    "in a scripted function": lambda m: scripted(m.conv.weight),
+}
+
+
+@pytest.mark.parametrize("other", WEIGHTS.values(), ids=WEIGHTS.keys())
+def test_a_layer_or_norm_whose_weights_are_read_by_others_stays(other):
+    def call(m, x):
+        return m.norm(m.conv(x)), other(m), m.conv.weight.shape, m.other.weight.dtype
+
+    model = Graph(call, conv=conv(), norm=bcn(), other=conv())
+    folded = fold(model, torch.zeros(2, 4, 4, 4))
+    assert type(folded.norm) is BatchChannelNorm
+    assert type(folded.other) is nn.Conv2d
+
+
+def test_a_tied_weight_is_folded_in_one_layer_alone():
+    model = Graph(lambda m, x: m.norm(m.conv(x)) + m.other(x), conv=conv(), norm=bcn())
+    model.other = conv()
+    model.other.weight = model.conv.weight
+    x = torch.randn(2, 4, 4, 4)
+    folded = fold(model, torch.zeros_like(x))
+    assert type(folded.norm) is ChannelNorm
+    assert_close(folded(x), model.eval()(x), roundings=50)
 
 
 def test_layers_that_are_shared_with_their_norm_fold():

@@ -31,17 +31,19 @@ METADATA = {
 
 
 class Flow(NamedTuple):
-    """Who reads what, in one run of a model.
+    """What reads what, in one run of a model.
 
     Attributes:
         readers: of the outputs of each layer that ran: the norms that were called on the very
-            output; None stands for everything else, be it an operation or the model's caller.
+            output; None stands for everything else, an operation or the model's caller.
         sources: of the inputs of each norm that ran: the layers whose very output they were; None
             stands for everything else.
+        exposed: the layers and norms whose parameters or buffers something else reads.
     """
 
     readers: dict[nn.Module, set[nn.Module | None]]
     sources: dict[nn.Module, set[nn.Module | None]]
+    exposed: set[nn.Module]
 
     def sole_readers(self) -> dict[nn.Module, nn.Module]:
         """The norm after each layer, if it alone reads the layer and reads nothing else."""
@@ -49,7 +51,10 @@ class Flow(NamedTuple):
             layer: norm
             for layer, readers in self.readers.items()
             for norm in readers
-            if norm is not None and readers == {norm} and self.sources[norm] == {layer}
+            if norm is not None
+            and readers == {norm}
+            and self.sources[norm] == {layer}
+            and not {layer, norm} & self.exposed
         }
 
 
@@ -74,7 +79,11 @@ def observe(
     original = dict(zip(observed.modules(), model.modules(), strict=True))
     reads = _Reads()
 
+    def before_layer(layer: nn.Module, _: Any) -> None:
+        reads.running.append((original[layer], None))
+
     def after_layer(layer: Any, _: Any, y: Any) -> None:
+        reads.running.pop()
         reads.register(original[layer], y, layer.weight.dim())
 
     def before_norm(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -82,48 +91,60 @@ def observe(
         reads.enter(original[norm], inputs[0] if len(inputs) == 1 else None)
 
     def after_norm(*_: Any) -> None:
-        reads.given.pop()
+        reads.running.pop()
 
     inner = {m.batch_norm for m in observed.modules() if isinstance(m, BatchChannelNorm)}
     devices = {t.device for t in chain(observed.parameters(), observed.buffers()) if t.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices), ExitStack() as hooks:
         for module in observed.modules():
             if is_layer(module):
-                hooks.callback(module.register_forward_hook(after_layer).remove)
-            if is_norm(module) and module not in inner:
+                before = module.register_forward_pre_hook(before_layer)
+                after = module.register_forward_hook(after_layer, always_call=True)
+            elif is_norm(module) and module not in inner:
                 before = module.register_forward_pre_hook(before_norm, with_kwargs=True)
-                hooks.callback(before.remove)
                 after = module.register_forward_hook(after_norm, always_call=True)
-                hooks.callback(after.remove)
+            else:
+                continue
+            hooks.callback(before.remove)
+            hooks.callback(after.remove)
+            reads.own(original[module], chain(module.parameters(), module.buffers()))
         tensors = {id(x): x.clone() for x in example_inputs if isinstance(x, Tensor)}
         inputs = copy.deepcopy(example_inputs, tensors)
         with _Operations(reads), _Functions(reads):
             output = observed(*inputs)
-    # What is alive now is part of the model's output, or was stored somewhere.
+    reads.read(reads.storages(None, output))
+    # An output that is alive now is part of the model's output, or was stored somewhere.
     if reads.alive:
         gc.collect()
     reads.read([*reads.alive])
     del output
-    return Flow(reads.readers, reads.sources)
+    return Flow(reads.readers, reads.sources, reads.exposed)
 
 
 class _Reads:
-    """The outputs of layers that are alive, and what has read them so far.
+    """The outputs of layers that are alive, and what has read them so far; weights likewise.
 
-    An output is known by its storage, which every alias shares: `nn.Parameter(y)` makes one unseen.
+    A tensor is known by its storage, which every alias shares: `nn.Parameter(y)` makes one unseen.
 
     Attributes:
-        alive: the storages.
-        given: those of the inputs of the norms that are running, None for an input that is not the
-            very output of a layer. A norm may read its input, whatever it does.
+        alive: the storages of the outputs.
+        running: the layers and norms that are running, each with the storage of its input if that
+            is the very output of a layer. A norm may read its input, whatever it does.
     """
 
     def __init__(self) -> None:
         self.readers: dict[nn.Module, set[nn.Module | None]] = {}
         self.sources: dict[nn.Module, set[nn.Module | None]] = defaultdict(set)
+        self.exposed: set[nn.Module] = set()
         self.alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
-        self.given: list[int | None] = []
+        self.running: list[tuple[nn.Module, int | None]] = []
         self._outputs: dict[int, tuple[nn.Module, ref[Tensor]]] = {}
+        self._owners: dict[int, set[nn.Module]] = defaultdict(set)
+
+    def own(self, module: nn.Module, weights: Iterable[Tensor]) -> None:
+        """Watch the parameters and buffers of a layer or norm, which only its call may read."""
+        for storage in filter(None, map(_storage, weights)):
+            self._owners[storage._cdata].add(module)
 
     def register(self, layer: nn.Module, y: Any, dim: int) -> None:
         """Watch the output of a layer."""
@@ -145,22 +166,30 @@ class _Reads:
                 layer = watched
                 self.readers[layer].add(norm)
         self.sources[norm].add(layer)
-        self.given.append(None if layer is None or storage is None else storage._cdata)
+        self.running.append((norm, None if layer is None or storage is None else storage._cdata))
 
     def storages(self, function: Any, arguments: Any) -> dict[int, Any]:
-        """The outputs that a function reads, if it reads its arguments, by their storages."""
+        """The watched tensors that a function reads, if it reads its arguments."""
         if isinstance(function, HigherOrderOperator):
             # It calls functions, which may have a closure.
             return dict(self.alive)
         if _name(function) in METADATA:
             return {}
         stored = [(storage._cdata, x) for x in tree_leaves(arguments) if (storage := _storage(x))]
-        return {key: x for key, x in stored if key in self.alive and key not in self.given}
+        return {key: x for key, x in stored if self._is_watched(key)}
 
     def read(self, storages: Iterable[int]) -> None:
-        """Note that something other than a norm reads these outputs."""
+        """Note that something other than a norm, or than the owner of a weight, reads these."""
         for key in storages:
-            self.readers[self._outputs[key][0]].add(None)
+            self.exposed |= self._owners.get(key, set())
+            if key in self._outputs:
+                self.readers[self._outputs[key][0]].add(None)
+
+    def _is_watched(self, key: int) -> bool:
+        if key in self.alive:
+            return all(key != given for _, given in self.running)
+        owners = self._owners.get(key, set())
+        return bool(owners) and not any(module in owners for module, _ in self.running)
 
 
 class _Functions(TorchFunctionMode):

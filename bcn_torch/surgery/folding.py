@@ -58,9 +58,8 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
     matter otherwise, not those of a mask or a threshold either. What reads an output unseen is code
     in another thread, and code that is given the address of the memory.
 
-    Layers whose weight is computed by a parametrization are left unchanged, and layers and norms
-    that have forward hooks. The model must call its layers and norms: a forward that reads their
-    weights itself would find other ones.
+    Left unchanged are also layers and norms that have forward hooks, or weights that something else
+    reads, and layers whose weight is computed by a parametrization.
 
     Args:
         model: any module. It is not changed; the copy is in evaluation.
@@ -80,7 +79,8 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
           (1): ChannelNorm(64, groups=32, eps=1e-05, affine=True)
         )
     """
-    found = observe(model, example_inputs, _is_layer, _is_norm).sole_readers()
+    flow = observe(model, example_inputs, _is_layer, _is_norm)
+    found = flow.sole_readers()
     affine_maps = {
         layer: affine_map
         for layer, norm in found.items()
@@ -89,7 +89,8 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
     replacements: dict[nn.Module, nn.Module] = {
         layer: _folded(layer, affine_maps.get(layer))
         for layer in model.modules()
-        if layer in affine_maps or (type(layer) in PLAIN and _is_layer(layer))
+        if layer in affine_maps
+        or (type(layer) in PLAIN and _is_layer(layer) and layer not in flow.exposed)
     }
     if not replacements:
         raise ValueError(
