@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 
 from bcn_torch import (
     VGG,
@@ -199,6 +200,38 @@ def test_after_an_error_all_is_as_it_was(data, error, text):
     assert_equal(after, before)
     assert new_others == others
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def averaged(norm):
+    """The average of two networks' weights, with the statistics of the second."""
+    models = [trained(nn.Sequential(nn.Conv2d(3, 4, 3), norm), 2, 3, 6, 6, seed=i) for i in (0, 1)]
+    average = AveragedModel(models[0])
+    for model in models:
+        average.update_parameters(model)
+    return average.double()
+
+
+def test_an_averaged_model_is_recalibrated_as_update_bn_does_it_for_norms_of_torch():
+    torch.manual_seed(0)
+    ours = averaged(BatchNorm(4, running_variance="unbiased"))
+    torch.manual_seed(0)
+    theirs = averaged(nn.BatchNorm2d(4))
+    loader = [[images, torch.zeros(5)] for images in batches(5, 5)]
+    update_bn(loader, theirs)
+    recalibrate(ours, ((images,) for images, labels in loader))
+    expected = [b for name, b in theirs.named_buffers() if "running" in name]
+    torch.testing.assert_close([*statistics(ours).values()], expected, rtol=1e-12, atol=1e-12)
+
+
+@every_norm
+def test_update_bn_of_torch_leaves_norms_of_this_library_as_they_are(make):
+    """It finds none, and says nothing: see `recalibrate`."""
+    model = shallow(make())
+    before, *others = state_and_modes(model)
+    update_bn(batches(5), model)
+    after, *new_others = state_and_modes(model)
+    assert_equal(after, before)
+    assert new_others == others
 
 
 def test_one_tensor_is_no_iterable_of_batches():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary, ref
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,12 @@ class Flow(NamedTuple):
     """What reads what, in one run of a model.
 
     Attributes:
-        readers: of the outputs of each layer that ran: the norms that were called on the very
-            output; None stands for everything else, an operation or the model's caller.
-        sources: of the inputs of each norm that ran: the layers whose very output they were; None
-            stands for everything else.
-        exposed: the layers and norms whose parameters or buffers something else reads.
+        readers: of the outputs of each layer that ran: the norms that were called on them; None
+            stands for everything else, an operation or the model's caller.
+        sources: of the inputs of each norm that ran: the layers whose outputs they were, or views
+            of them; None stands for everything else.
+        exposed: the layers and norms that cannot be replaced by others: something else reads their
+            parameters or buffers, or they are called with a keyword that only they have.
     """
 
     readers: dict[nn.Module, set[nn.Module | None]]
@@ -79,8 +80,10 @@ def observe(
     original = dict(zip(observed.modules(), model.modules(), strict=True))
     reads = _Reads()
 
-    def before_layer(layer: nn.Module, _: Any) -> None:
+    def before_layer(layer: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:
         reads.running.append((original[layer], None))
+        if kwargs:
+            reads.exposed.add(original[layer])
 
     def after_layer(layer: Any, _: Any, y: Any) -> None:
         reads.running.pop()
@@ -89,6 +92,9 @@ def observe(
     def before_norm(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = [] if norm.training else [*args, *kwargs.values()]
         reads.enter(original[norm], inputs[0] if len(inputs) == 1 else None)
+        # The channel norm that stays has the same keyword.
+        if kwargs and not isinstance(norm, BatchChannelNorm):
+            reads.exposed.add(original[norm])
 
     def after_norm(*_: Any) -> None:
         reads.running.pop()
@@ -98,7 +104,7 @@ def observe(
     with torch.no_grad(), torch.random.fork_rng(devices), ExitStack() as hooks:
         for module in observed.modules():
             if is_layer(module):
-                before = module.register_forward_pre_hook(before_layer)
+                before = module.register_forward_pre_hook(before_layer, with_kwargs=True)
                 after = module.register_forward_hook(after_layer, always_call=True)
             elif is_norm(module) and module not in inner:
                 before = module.register_forward_pre_hook(before_norm, with_kwargs=True)
@@ -128,8 +134,8 @@ class _Reads:
 
     Attributes:
         alive: the storages of the outputs.
-        running: the layers and norms that are running, each with the storage of its input if that
-            is the very output of a layer. A norm may read its input, whatever it does.
+        running: the layers and norms that are running, each norm with the storage of its input if
+            that is the output of a layer. The norm may read it, whatever it does.
     """
 
     def __init__(self) -> None:
@@ -138,7 +144,7 @@ class _Reads:
         self.exposed: set[nn.Module] = set()
         self.alive: WeakValueDictionary[int, torch.UntypedStorage] = WeakValueDictionary()
         self.running: list[tuple[nn.Module, int | None]] = []
-        self._outputs: dict[int, tuple[nn.Module, ref[Tensor]]] = {}
+        self._layers: dict[int, nn.Module] = {}
         self._owners: dict[int, set[nn.Module]] = defaultdict(set)
 
     def own(self, module: nn.Module, weights: Iterable[Tensor]) -> None:
@@ -155,18 +161,18 @@ class _Reads:
             readers.add(None)
         else:
             self.alive[storage._cdata] = storage
-            self._outputs[storage._cdata] = layer, ref(y)
+            self._layers[storage._cdata] = layer
 
     def enter(self, norm: nn.Module, x: Any) -> None:
         """Note that a norm is called on `x`, and may read it from now on."""
-        layer, storage = None, _storage(x)
-        if storage is not None and storage._cdata in self.alive:
-            watched, output = self._outputs[storage._cdata]
-            if output() is x:
-                layer = watched
-                self.readers[layer].add(norm)
+        storage = _storage(x)
+        key = storage._cdata if storage and storage._cdata in self.alive else None
+        layer = None if key is None else self._layers[key]
         self.sources[norm].add(layer)
-        self.running.append((norm, None if layer is None or storage is None else storage._cdata))
+        self.running.append((norm, key))
+        if layer is not None:
+            # Of a view of the output, its making is another read.
+            self.readers[layer].add(norm)
 
     def storages(self, function: Any, arguments: Any) -> dict[int, Any]:
         """The watched tensors that a function reads, if it reads its arguments."""
@@ -182,8 +188,8 @@ class _Reads:
         """Note that something other than a norm, or than the owner of a weight, reads these."""
         for key in storages:
             self.exposed |= self._owners.get(key, set())
-            if key in self._outputs:
-                self.readers[self._outputs[key][0]].add(None)
+            if key in self._layers:
+                self.readers[self._layers[key]].add(None)
 
     def _is_watched(self, key: int) -> bool:
         if key in self.alive:

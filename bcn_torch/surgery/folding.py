@@ -59,7 +59,8 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
     in another thread, and code that is given the address of the memory.
 
     Left unchanged are also layers and norms that have forward hooks, or weights that something else
-    reads, and layers whose weight is computed by a parametrization.
+    reads, or that are called with keywords, and layers whose weight is computed by a
+    parametrization.
 
     Args:
         model: any module. It is not changed; the copy is in evaluation.

@@ -9,7 +9,17 @@ forgotten. A mutant that no check catches is a gap in the suite, or it is no def
 from collections.abc import Iterator
 from typing import Any
 
-from parity_tests.mutants import affine, interop, kernels, layers, norms, passes, pytorch, surgery
+from parity_tests.mutants import (
+    affine,
+    interop,
+    kernels,
+    layers,
+    norms,
+    passes,
+    pytorch,
+    surgery,
+    torch_surgery,
+)
 from parity_tests.mutants.mutant import Mutant, catch
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -21,6 +31,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *interop.MUTANTS,
     *surgery.MUTANTS,
     *pytorch.MUTANTS,
+    *torch_surgery.MUTANTS,
 )
 EQUIVALENT: tuple[Mutant, ...] = (
     *affine.EQUIVALENT,
