@@ -103,6 +103,8 @@ def observe(
     devices = {t.device for t in chain(observed.parameters(), observed.buffers()) if t.is_cuda}
     with torch.no_grad(), torch.random.fork_rng(devices), ExitStack() as hooks:
         for module in observed.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             if is_layer(module):
                 before = module.register_forward_pre_hook(before_layer, with_kwargs=True)
                 after = module.register_forward_hook(after_layer, always_call=True)

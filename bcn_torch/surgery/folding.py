@@ -114,8 +114,6 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     ours = type(module) in NORMS
-    if not ours and isinstance(module, torch.jit.ScriptModule):  # It takes no hooks.
-        return False
     return (ours or all(hasattr(module, name) for name in BATCH_NORM)) and not _is_hooked(module)
 
 
