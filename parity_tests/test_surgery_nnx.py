@@ -147,6 +147,14 @@ class TestConversion:
         converted = convert_batch_norm(nnx.BatchNorm(6, rngs=nnx.Rngs(0)), num_groups=2, ws=False)
         assert isinstance(converted, BatchChannelNorm)
 
+    def test_a_convolution_before_a_norm_of_another_axis_stays(self):
+        rngs = nnx.Rngs(0)
+        model = nnx.Sequential(
+            nnx.Conv(4, 6, (3, 3), rngs=rngs), nnx.BatchNorm(5, axis=1, rngs=rngs)
+        )
+        converted = convert_batch_norm(model, IMAGES, num_groups=None)
+        assert [type(m) for m in converted.layers] == [nnx.Conv, BatchChannelNorm]
+
     def test_missing_scales_and_biases_are_added(self):
         bare = nnx.BatchNorm(6, use_scale=False, use_bias=False, rngs=nnx.Rngs(0))
         converted = convert_batch_norm(bare, num_groups=2, ws=False)

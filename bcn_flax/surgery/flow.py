@@ -122,8 +122,13 @@ class Flow(Generic[Path]):
         return {name: self.stored[i] for name, i in (call.weights or {}).items()}
 
     def pairs(self) -> list[tuple[Path, Path]]:
-        """Each call of a norm on the very output of a layer, as (layer, norm)."""
-        return [(call.path, norm.path) for call in self.layers for norm in call.readers if norm]
+        """Each foldable call of a norm on the very output of a layer, as (layer, norm)."""
+        return [
+            (layer.path, norm.path)
+            for layer in self.layers
+            for norm in layer.readers
+            if norm is not None and norm.foldable
+        ]
 
     def foldable_layers(self) -> dict[Path, Call[Path]]:
         """A call of each layer whose weights are used by that layer alone, and as they are."""

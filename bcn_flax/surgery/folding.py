@@ -79,8 +79,9 @@ def require_foldable(layers: Collection[object]) -> None:
         raise ValueError(
             "The model must have something to fold, a standardized kernel, or a batch norm that "
             "alone reads the output of a convolution or dense layer, but on the example input "
-            "there was none. What runs inside scan, while or cond, what a wrapper such as "
-            "WeightNorm changes, and subclasses are left unchanged."
+            "there was none. Subclasses are left unchanged, and so is what runs inside scan, while "
+            "or cond, what a wrapper such as WeightNorm changes, and what an ensemble stacks along "
+            "another axis than 0."
         )
 
 

@@ -36,6 +36,7 @@ _PLAIN: dict[type[nnx.Module], type[nnx.Module]] = {
     WSConvTranspose: nnx.ConvTranspose,
     WSDense: nnx.Linear,
 }
+_WEIGHTS = {"kernel", "bias", "gain", "mean", "var", "scale"}
 _NORMS = (nnx.BatchNorm, BatchNorm, EstimatedBatchNorm, BatchChannelNorm)
 
 
@@ -349,8 +350,8 @@ def _batch_norm_in(norm: Any) -> Any:
 
 
 def _variables(module: Any) -> dict[str, nnx.Variable[Any]]:
-    """The variables of a layer or norm, by name."""
-    return {name: v for name, v in vars(module).items() if isinstance(v, nnx.Variable)}
+    """The weights of a layer or batch norm, by name."""
+    return {name: v for name, v in vars(module).items() if name in _WEIGHTS and v is not None}
 
 
 def _marked(module: Any) -> dict[str, jax.Array]:
@@ -391,7 +392,7 @@ def _trace(
             own = nnx.clone(self)
             weights = _marked(_batch_norm_in(own))
             foldable = folding.is_last_axis(self.axis, x.ndim)
-            if isinstance(self, nnx.BatchNorm):
+            if evaluation and isinstance(self, nnx.BatchNorm):
                 foldable &= self.promote_dtype is dtypes.promote_dtype
             return call(own, flow.norm_input(path, x, weights, foldable), *flags, **named)
 
