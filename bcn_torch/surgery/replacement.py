@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 from torch.nn.functional import conv2d, pad
 from torch.nn.modules.conv import _ConvNd
 
+from bcn_torch.tracing import one_node
 from bcn_torch.weight_standardization import WSConv1d, WSConv2d, WSConv3d, WSLinear
 
 Layer = _ConvNd | nn.Linear
@@ -18,6 +21,13 @@ class Conv2dSame(nn.Conv2d):
 
     The argument `padding` has no effect.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pad and convolve `x`."""
+        if not is_scripting():  # noqa: SIM102  # TorchScript would compile what follows an `and`.
+            if isinstance(x, Proxy):
+                return one_node(self, x)
+        return self._conv_forward(x, self.weight, self.bias)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         stride, dilation = self.stride, self.dilation
