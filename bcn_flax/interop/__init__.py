@@ -67,20 +67,22 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from bcn_flax.interop.files import load, save
-from bcn_flax.interop.layers import Flattened, Pair, Transposed
+from bcn_flax.interop.layers import Flattened, Transposed
 from bcn_flax.interop.layouts import (
-    RULES,
     LayerFacts,
     Layout,
-    Rule,
-    Rules,
     embedding,
+    from_heads,
     kernel,
     same_order,
+    to_heads,
+    untransposed,
     vector,
 )
 from bcn_flax.interop.matching import Match, match
 from bcn_flax.interop.naming import Names
+from bcn_flax.interop.pairs import Pair
+from bcn_flax.interop.rules import RULES, Rule, Rules
 from bcn_flax.interop.trees import Variables, module_with, variables_of
 
 __all__ = [
@@ -95,6 +97,7 @@ __all__ = [
     "Rules",
     "Transposed",
     "embedding",
+    "from_heads",
     "kernel",
     "load",
     "match",
@@ -103,6 +106,8 @@ __all__ = [
     "same_order",
     "save",
     "state_dict_from_variables",
+    "to_heads",
+    "untransposed",
     "variables_from_torch",
     "variables_of",
     "vector",

@@ -11,21 +11,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from bcn_flax.interop import layouts
 from bcn_flax.interop.layouts import (
     LayerFacts,
-    Layout,
     Path,
-    Rules,
-    Shape,
+    hidden_kernel,
     may_be_transposed,
-    path_name,
-    rule_for,
-    shape,
 )
-from bcn_flax.interop.naming import NameMatch, module_of
+from bcn_flax.interop.naming import NameMatch, grouped, module_of, natural
+from bcn_flax.interop.pairs import Pair, pairs_of
 
 Transposed = Collection[str] | Mapping[str, bool | None]
 Flattened = Mapping[str, int]
@@ -34,41 +27,35 @@ Flattened = Mapping[str, int]
 FactTable = Mapping[str, Mapping[str, LayerFacts]]
 
 
-class Pair(NamedTuple):
-    """A tensor of PyTorch and the leaf of Flax's variables that has its values.
+class Flatten(NamedTuple):
+    """A dense layer that may follow a flatten.
 
     Attributes:
-        key: in the `state_dict`.
-        torch_shape: of the tensor.
-        path: in the variables, from the collection on.
-        flax_shape: of the leaf.
-        flax_dtype: of the leaf.
-        layout: how one becomes the other.
-        facts: about their layer.
+        dense: the layer.
+        before: the layers whose output may have been flattened, the likeliest first.
+        need_not: whether a layer has as many features as it has inputs, which it may follow.
     """
 
-    key: str
-    torch_shape: Shape
-    path: Path
-    flax_shape: Shape
-    flax_dtype: np.dtype[Any]
-    layout: Layout
-    facts: LayerFacts = LayerFacts()
+    dense: Pair
+    before: tuple[Pair, ...]
+    need_not: bool
 
     @property
-    def module(self) -> str:
-        """PyTorch's module."""
-        return module_of(self.key)
+    def inputs(self) -> int:
+        """The number of its inputs."""
+        return self.dense.torch_shape[1]
 
     @property
-    def features(self) -> int:
-        """The number of output features of the layer."""
-        return self.torch_shape[self.layout.features]
+    def channels(self) -> int:
+        """The likeliest number of channels that were flattened."""
+        return self.before[0].features
 
     @property
-    def is_dense(self) -> bool:
-        """Whether it is the kernel of a dense layer."""
-        return self.path[-1] == "kernel" and len(self.torch_shape) == 2
+    def features(self) -> str:
+        """The features of the layers before, in words."""
+        first, *others = self.before
+        words = [f"{first.features} features of {first.module!r}"]
+        return " or the ".join([*words, *(f"{x.features} of {x.module!r}" for x in others)])
 
 
 class LayerMatch(NamedTuple):
@@ -107,7 +94,7 @@ def fact_table(
     else:
         flags = {path: LayerFacts(True) for path in transposed}
     channels = {path: LayerFacts(channels=n) for path, n in flattened.items()}
-    places = {module_of(key): path[1:-1] for key, path in found.paths.items()}
+    places = {module_of(link.key): link.path[1:-1] for link in found.links}
     in_full = found.renames.in_full
     sources = {
         "PyTorch's module": torch,
@@ -126,22 +113,21 @@ def match_layers(
     found: NameMatch, table: FactTable, tensors: Mapping[str, Any], leaves: Mapping[Path, Any]
 ) -> LayerMatch:
     """Find the layout of each tensor that has a leaf of its name."""
-    pairs, errors = [], _fact_errors(found, table)
-    for key, path in found.paths.items():
-        pair = _pair(key, tensors[key], path, leaves[path], found.rules, resolve(table, key))
-        if isinstance(pair, Pair):
-            pairs.append(pair)
-        else:
-            errors.append(pair)
+    pairs: list[Pair] = []
+    errors = _fact_errors(found, table)
+    for key, links in grouped(found.links, lambda link: link.key).items():
+        found_pairs, problems = pairs_of(links, tensors[key], leaves, resolve(table, key))
+        pairs += found_pairs
+        errors += problems
     # If there are transposed convolutions, a kernel that fits both kinds may well be of one.
     either = [pair for pair in pairs if _may_be_either(pair)]
     any_transposed = _any_transposed(found, table)
     suspect = [p for p in either if any_transposed and math.prod(p.torch_shape[2:]) > 1]
     flattens = _possible_flattens(pairs)
-    errors += _ambiguities(suspect, {dense: n for dense, n, need_not in flattens if not need_not})
+    errors += _ambiguities(suspect, [flatten for flatten in flattens if not flatten.need_not])
     notes = _assumptions(
         [pair.module for pair in either if pair not in suspect],
-        {dense.module: n for dense, n, need_not in flattens if need_not},
+        {flatten.dense.module: flatten.channels for flatten in flattens if flatten.need_not},
     )
     return LayerMatch(tuple(pairs), errors, (*notes, *_unlikely_channels(pairs)))
 
@@ -155,55 +141,12 @@ def resolve(table: FactTable, key: str) -> LayerFacts:
     return resolved
 
 
-def _pair(
-    key: str, tensor: Any, path: Path, leaf: Any, rules: Rules, facts: LayerFacts
-) -> Pair | str:
-    """The pair of a tensor and a leaf of the same name, or one line that says why there is none."""
-    torch_shape, flax_shape, module = shape(tensor), shape(leaf), module_of(key)
-    flax = f"Flax's {path_name(path)} of shape {flax_shape}"
-    possible = rule_for(rules, path).layouts(torch_shape, flax_shape, facts)
-    fitting = [layout for layout in possible if layout.torch_shape(flax_shape) == torch_shape]
-    if not fitting:
-        needed = dict.fromkeys(layout.torch_shape(flax_shape) for layout in possible)
-        line = f"misshapen: {key} is {torch_shape}, but {flax} "
-        if needed:
-            line += f"needs {' or '.join(map(str, needed))}"
-        else:
-            line += "has no counterpart: no rule knows such a shape"
-        if facts.transposed and _is_grouped(torch_shape, needed):
-            line += "; Flax has no grouped transposed convolution"
-        kernel = path[-1] == "kernel" and not facts.transposed
-        if kernel and may_be_transposed(torch_shape, flax_shape):
-            line += f"; if it is a transposed convolution, pass transposed=[{module!r}]"
-        return line
-    if len(fitting) > 1:
-        return (
-            f"ambiguous: {key}, of a transposed convolution, is {torch_shape}, which does not show "
-            f"Flax's transpose_kernel: pass transposed={{{module!r}: False}}, or True"
-        )
-    if layouts.kind(tensor) != layouts.kind(leaf):
-        types = f"{key} is {layouts.dtype(tensor)}, but {flax} is {layouts.dtype(leaf)}"
-        return f"of another kind: {types}"
-    return Pair(key, torch_shape, path, flax_shape, layouts.dtype(leaf), fitting[0], facts)
-
-
-def _is_grouped(torch_shape: Shape, needed: Iterable[Shape]) -> bool:
-    """Whether a transposed convolution has fewer outputs than needed, as one of groups has."""
-    return any(
-        torch_shape != other
-        and (torch_shape[0], *torch_shape[2:]) == (other[0], *other[2:])
-        and other[1] % torch_shape[1] == 0
-        for other in needed
-        if len(other) == len(torch_shape)
-    )
-
-
 def _any_transposed(found: NameMatch, table: FactTable) -> bool:
     """Whether any kernel belongs to a transposed convolution, by facts or by its shape."""
     return any(
         resolve(table, key).transposed
         or (may_be_transposed(found.tensors[key], shape) and shape[-1] != shape[-2])
-        for key, path in found.paths.items()
+        for key, path, *_ in found.links
         for shape in [found.leaves[path]]
         if path[-1] == "kernel"
     )
@@ -233,7 +176,11 @@ def _contradictions(key: str, facts: Mapping[str, LayerFacts]) -> list[str]:
 
 def _fact_errors(found: NameMatch, table: FactTable) -> list[str]:
     """One line for each fact on which sources differ, or which is given of no such layer."""
-    kernels = {module_of(key): key for key, path in found.paths.items() if path[-1] == "kernel"}
+    kernels = {
+        module_of(link.key): link.key
+        for link in found.links
+        if link.path[-1] == "kernel" and link.rule.layouts is not hidden_kernel
+    }
     lines = []
     for module, facts in table.items():
         key = kernels.get(module, "")
@@ -251,7 +198,7 @@ def _fact_errors(found: NameMatch, table: FactTable) -> list[str]:
     return lines
 
 
-def _ambiguities(square: Iterable[Pair], flattens: Mapping[Pair, int]) -> list[str]:
+def _ambiguities(square: Iterable[Pair], flattens: Iterable[Flatten]) -> list[str]:
     """One line for each layer of which the caller must give a fact."""
     return [
         *(
@@ -261,12 +208,12 @@ def _ambiguities(square: Iterable[Pair], flattens: Mapping[Pair, int]) -> list[s
             for pair in square
         ),
         *(
-            f"ambiguous: {dense.key} has {dense.torch_shape[1]} inputs, a multiple of the "
-            f"{channels} features of a layer before it. If images of {channels} channels were "
-            "flattened, which PyTorch does in another order than Flax, pass "
-            f"flattened={{{dense.module!r}: {channels}}}; if none were, pass "
-            f"flattened={{{dense.module!r}: {dense.torch_shape[1]}}}"
-            for dense, channels in flattens.items()
+            f"ambiguous: {flatten.dense.key} has {flatten.inputs} inputs, a multiple of the "
+            f"{flatten.features}. If images of {flatten.channels} channels were flattened, which "
+            "PyTorch does in another order than Flax, pass "
+            f"flattened={{{flatten.dense.module!r}: {flatten.channels}}}; if none were, pass "
+            f"flattened={{{flatten.dense.module!r}: {flatten.inputs}}}"
+            for flatten in flattens
         ),
     ]
 
@@ -287,27 +234,37 @@ def _assumptions(ordinary: list[str], unflattened: Mapping[str, int]) -> list[st
     return lines
 
 
-def _possible_flattens(pairs: Collection[Pair]) -> list[tuple[Pair, int, bool]]:
-    """The dense layers that may follow a flatten, of so many channels, and whether they need not.
+def _possible_flattens(pairs: Collection[Pair]) -> list[Flatten]:
+    """The dense layers that may follow a flatten.
 
     A dense layer need not follow one if it has as many inputs as the last convolution before it,
-    or a layer since, has features. It may follow one if it has a multiple of these. Both can be
-    true only if the order is alphabetical: the features of all convolutions and norms count then,
-    as they do for a dense layer that comes first.
+    or a layer since, has features. It may follow one if it has a multiple of the features of that
+    convolution or of a norm since. Both can be true only if the order is alphabetical: all
+    convolutions and norms count then, as they do for a dense layer that comes first.
     """
     layers, unordered = _layers(pairs), _is_unordered(pairs)
-    features = {layer.features for layer in layers if not layer.is_dense}
-    found = []
+    if unordered:
+        layers = sorted(layers, key=lambda layer: natural(layer.key))
+    # By features, the nearest layer before last.
+    images = {layer.features: layer for layer in layers if not layer.is_dense}
+    others: set[int] = set()
+    found: dict[str, Flatten] = {}
     for layer in layers:
         if layer.is_dense and layer.facts.channels is None:
             inputs = layer.torch_shape[1]
-            channels = max((n for n in features if 1 < n < inputs and inputs % n == 0), default=0)
-            if channels and (unordered or inputs not in features):
-                found.append((layer, channels, inputs in features))
+            need_not = inputs in images or inputs in others
+            fitting = [n for n in images if 1 < n < inputs and inputs % n == 0]
+            if fitting and (unordered or not need_not):
+                before = tuple(images[n] for n in reversed(fitting))
+                found.setdefault(layer.key, Flatten(layer, before, need_not))
         if len(layer.torch_shape) > 2 and not unordered:
-            features = set()
-        features.add(layer.features)
-    return found
+            images, others = {}, set()
+        if layer.is_dense:
+            others.add(layer.features)
+        else:
+            images.pop(layer.features, None)
+            images[layer.features] = layer
+    return [*found.values()]
 
 
 def _unlikely_channels(pairs: Collection[Pair]) -> list[str]:
@@ -328,7 +285,8 @@ def _unlikely_channels(pairs: Collection[Pair]) -> list[str]:
 
 
 def _layers(pairs: Collection[Pair]) -> list[Pair]:
-    return [p for p in pairs if p.path[-1] in ("kernel", "scale", "embedding") and p.torch_shape]
+    names = ("kernel", "scale", "embedding")
+    return [p for p in pairs if p.path[-1] in names and p.torch_shape and not p.is_hidden]
 
 
 def _is_unordered(pairs: Collection[Pair]) -> bool:

@@ -1,12 +1,12 @@
 """Arrays of PyTorch, NumPy and JAX, and how the axes of one correspond to those of another.
 
 PyTorch is not imported: its tensors convert themselves. A `Layout` rearranges values in both
-directions; functions such as `kernel` propose the layouts for two shapes; a `Rule` says which
-leaf has which. PyTorch's shapes are written `(O, I, *)`: output features, input features (of one
-group), and any number of window axes.
+directions; functions such as `kernel` propose the layouts for two shapes. PyTorch's shapes are
+written `(O, I, *)`: output features, input features (of one group), and any number of window axes.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -120,6 +120,49 @@ def embedding(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list[
     return [EMBEDDED]
 
 
+def untransposed(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list[Layout]:
+    """The layout for a dense layer that has in PyTorch the kernel `(in, out)`: GPT-2's `Conv1D`.
+
+    In Flax, `in` or `out` may be several axes, such as heads.
+    """
+    if len(flax_shape) < 3:
+        return [EMBEDDED]
+    either = flax_shape[0] == torch_shape[0] or flax_shape[-1] == torch_shape[-1]
+    if not either or math.prod(flax_shape) != math.prod(torch_shape):
+        return []
+    return [reshaped(torch_shape, flax_shape)._replace(features=1)]
+
+
+def hidden_kernel(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list[Layout]:
+    """Layouts for the kernel of a dense layer whose inputs are never flattened images."""
+    return kernel(torch_shape, flax_shape, LayerFacts())
+
+
+def to_heads(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list[Layout]:
+    """Layouts for a dense layer whose features are heads in Flax: query, key or value.
+
+    Flax's kernel is `(in, heads, size)` and its bias `(heads, size)`; PyTorch's are
+    `(heads * size, in)` and `(heads * size,)`.
+    """
+    if len(torch_shape) == 1:
+        merged = _merged(COPIED, flax_shape, (math.prod(flax_shape),))
+        return [merged if len(flax_shape) > 1 else COPIED]
+    if len(flax_shape) < 3:
+        return kernel(torch_shape, flax_shape, facts)
+    flat = (flax_shape[0], math.prod(flax_shape[1:]))
+    return [_merged(layout, flax_shape, flat) for layout in kernel(torch_shape, flat, facts)]
+
+
+def from_heads(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list[Layout]:
+    """Layouts for a dense layer whose inputs are heads in Flax, the output of an attention.
+
+    Flax's kernel is `(heads, size, out)`, PyTorch's is `(out, heads * size)`.
+    """
+    if len(flax_shape) < 3:
+        return kernel(torch_shape, flax_shape, facts)
+    return [_merged(TRANSPOSED, flax_shape, (math.prod(flax_shape[:-1]), flax_shape[-1]))]
+
+
 def vector(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list[Layout]:
     """Layouts for one number per feature or group; PyTorch's shape may be `(1, G, 1)`."""
     # Of several axes of features, the channels are the first in PyTorch and the last in Flax.
@@ -133,35 +176,6 @@ def same_order(torch_shape: Shape, flax_shape: Shape, facts: LayerFacts) -> list
     return [COPIED]
 
 
-class Rule(NamedTuple):
-    """What a leaf of Flax's variables is in PyTorch.
-
-    Attributes:
-        names: that PyTorch's tensor may have.
-        layouts: function of PyTorch's shape, Flax's shape and the facts about the layer, which
-            returns the layouts that are possible.
-    """
-
-    names: tuple[str, ...]
-    layouts: Callable[[Shape, Shape, LayerFacts], list[Layout]]
-
-
-Rules = Mapping[tuple[str, str], Rule]
-
-# By collection and name in Flax. A leaf that is not listed has the same name in PyTorch.
-RULES: Rules = MappingProxyType(
-    {
-        ("params", "kernel"): Rule(("weight",), kernel),
-        ("params", "embedding"): Rule(("weight",), embedding),
-        ("params", "scale"): Rule(("scale", "weight"), vector),
-        ("params", "bias"): Rule(("shift", "bias"), vector),
-        ("params", "negative_slope"): Rule(("weight",), vector),
-        ("batch_stats", "mean"): Rule(("exp_mean", "running_mean"), vector),
-        ("batch_stats", "var"): Rule(("exp_var", "running_var"), vector),
-    }
-)
-
-
 # PyTorch's buffers that Flax does without, and why nothing is lost.
 SKIPPED: Mapping[str, Callable[[Any], str]] = MappingProxyType(
     {
@@ -171,11 +185,6 @@ SKIPPED: Mapping[str, Callable[[Any], str]] = MappingProxyType(
         ),
     }
 )
-
-
-def rule_for(rules: Rules, path: Path) -> Rule:
-    """The rule for a leaf of Flax's variables."""
-    return rules.get((path[0], path[-1]), Rule((path[-1],), same_order))
 
 
 def may_be_transposed(torch_shape: Shape, flax_shape: Shape) -> bool:
@@ -241,6 +250,13 @@ def cast(x: Array, to: np.dtype[Any]) -> Array:
         return x.astype(to)
 
 
+def total(terms: Sequence[Array]) -> Array:
+    """The sum, rounded only later, when it takes its dtype; a single term as it is."""
+    if len(terms) == 1:
+        return terms[0]
+    return np.sum([term.astype(np.float64) for term in terms], axis=0)
+
+
 def overflow(x: Array, to: np.dtype[Any]) -> list[str]:
     """One line if a finite value would become infinite or NaN in a dtype, else none."""
     finite = np.isfinite(x)
@@ -261,6 +277,16 @@ def path_name(path: Path) -> str:
 
 def _squeezed(shape: Shape) -> Shape:
     return tuple(n for n in shape if n != 1)
+
+
+def _merged(layout: Layout, flax_shape: Shape, flat: Shape) -> Layout:
+    """A layout for Flax's array with its heads merged into one axis, for the array as it is."""
+    return layout._replace(
+        how=f"{layout.how}, heads {flat} -> {flax_shape}",
+        to_flax=lambda x: layout.to_flax(x).reshape(flax_shape),
+        to_torch=lambda x: layout.to_torch(x.reshape(flat)),
+        torch_shape=lambda _: layout.torch_shape(flat),
+    )
 
 
 def _flip(x: Array, first: int) -> Array:

@@ -4,18 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from bcn_flax.interop import layers, layouts, naming
-from bcn_flax.interop.layers import Flattened, Pair, Transposed
-from bcn_flax.interop.layouts import (
-    RULES,
-    Rules,
-    path_name,
-    shape,
-)
-from bcn_flax.interop.naming import Names, Renames, module_of
+from bcn_flax.interop import layers, layouts, naming, proposal
+from bcn_flax.interop.layers import Flattened, Transposed
+from bcn_flax.interop.layouts import path_name, shape
+from bcn_flax.interop.naming import Names, Renames, grouped, module_of
+from bcn_flax.interop.pairs import Pair
+from bcn_flax.interop.rules import RULES, Rules
 from bcn_flax.interop.trees import (
     Leaves,
     Tensors,
@@ -23,6 +21,7 @@ from bcn_flax.interop.trees import (
     differences,
     flax_convolutions,
     flax_leaves,
+    module_order,
     refuse,
     skipped_tensors,
     tied_tensors,
@@ -49,7 +48,9 @@ class Match:
     tensors: Tensors = field(repr=False)
     notes: tuple[str, ...] = ()
 
-    def to_flax(self, source: Any, *, partial: bool = False) -> dict[str, Any]:
+    def to_flax(
+        self, source: Any, *, partial: bool = False, gradients: bool | None = None
+    ) -> dict[str, Any]:
         """Flax variables with the values of PyTorch's tensors.
 
         Args:
@@ -57,6 +58,9 @@ class Match:
                 under their parameters' names.
             partial: whether tensors may be missing, as statistics are among gradients. Their leaves
                 are then missing in the result.
+            gradients: whether the values are gradients. This matters for a leaf that is the sum of
+                two tensors, whose gradient is that of the first one. It must be given if there is
+                such a leaf and `partial`.
 
         Returns:
             Variables as linen has them, in the dtypes of the leaves that were matched.
@@ -65,22 +69,32 @@ class Match:
             ValueError: a tensor is missing, unexpected or misshapen, a value is too large for its
                 new dtype, or tied tensors differ; the message lists all of them.
         """
+        self._require_kind(partial, gradients)
         tensors = torch_tensors(source)
-        shapes = {key: shape(x) for key, x in tensors.items()}
-        expected = {pair.key: pair.torch_shape for pair in self.pairs}
+        expected = {pair.key: shape(self.tensors[pair.key]) for pair in self.pairs}
         optional = (self.tied.keys() | self.skipped.keys()) - expected.keys()
         refuse(
             "The tensors must be those that were matched, but:",
-            differences(shapes, expected, optional, partial),
+            differences({key: shape(x) for key, x in tensors.items()}, expected, optional, partial),
         )
-        pairs = [pair for pair in self.pairs if pair.key in tensors]
+        pairs = [pair for pair in self.pairs if not (gradients and pair.added)]
+        terms = grouped([pair for pair in pairs if pair.key in tensors], lambda pair: pair.path)
         values = {
-            pair.path: pair.layout.to_flax(layouts.to_numpy(tensors[pair.key])) for pair in pairs
+            path: layouts.total(
+                [p.layout.to_flax(p.part_of(layouts.to_numpy(tensors[p.key]))) for p in group]
+            )
+            for path, group in terms.items()
         }
+        dtypes = {pair.path: pair.flax_dtype for pair in pairs}
         problems = [
-            f"{pair.key} {problem}"
+            f"{' + '.join(p.name for p in terms[path])} {problem}"
+            for path, x in values.items()
+            for problem in layouts.overflow(x, dtypes[path])
+        ]
+        problems += [
+            f"{pair.name} is missing, whose values are added to those of {terms[pair.path][0].name}"
             for pair in pairs
-            for problem in layouts.overflow(values[pair.path], pair.flax_dtype)
+            if pair.key not in tensors and pair.path in terms
         ]
         problems += [
             f"{key} and {other} were one tensor and now differ"
@@ -89,12 +103,14 @@ class Match:
             if not layouts.equal(tensors[key], tensors[other])
         ]
         refuse("The values must have a place in Flax, but:", problems)
-        return unflatten_dict(
-            {pair.path: layouts.to_jax(values[pair.path], pair.flax_dtype) for pair in pairs}
-        )
+        return unflatten_dict({path: layouts.to_jax(x, dtypes[path]) for path, x in values.items()})
 
     def to_torch(
-        self, variables: Variables | nnx.Module, *, partial: bool = False
+        self,
+        variables: Variables | nnx.Module,
+        *,
+        partial: bool = False,
+        gradients: bool | None = None,
     ) -> dict[str, Any]:
         """A PyTorch `state_dict` with the values of Flax variables.
 
@@ -103,6 +119,9 @@ class Match:
                 matched, or gradients in the tree of the variables.
             partial: whether leaves may be missing. Their tensors are then missing in the result, as
                 are those that have no counterpart in Flax.
+            gradients: whether the values are gradients. This matters for a leaf that is the sum of
+                two tensors: its values go to the first one, and zeros to the second; its gradient
+                is that of both. It must be given if there is such a leaf and `partial`.
 
         Returns:
             Keys, dtypes, devices and kind of array (PyTorch's, NumPy's or JAX's) are those of the
@@ -112,6 +131,7 @@ class Match:
             ValueError: a leaf is missing, unexpected or misshapen, a value is too large for its new
                 dtype, or tied tensors would get different values; the message lists all of them.
         """
+        self._require_kind(partial, gradients)
         leaves = flax_leaves(variables)
         refuse(
             "The variables must be those that were matched, but:",
@@ -121,15 +141,24 @@ class Match:
                 partial=partial,
             ),
         )
-        values = {
-            pair.key: pair.layout.to_torch(layouts.to_numpy(leaves[pair.path]))
-            for pair in self.pairs
-            if pair.path in leaves
-        }
+        values, problems = {}, []
+        for key, pairs in grouped(self.pairs, lambda pair: pair.key).items():
+            present = [pair for pair in pairs if pair.path in leaves]
+            flax = [layouts.to_numpy(leaves[pair.path]) for pair in present]
+            parts = [
+                pair.layout.to_torch(np.zeros_like(x) if pair.added and not gradients else x)
+                for pair, x in zip(present, flax, strict=True)
+            ]
+            if len(present) == len(pairs):
+                axis = pairs[0].part.axis if pairs[0].part else 0
+                values[key] = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+            elif present:
+                absent = [path_name(pair.path) for pair in pairs if pair not in present]
+                problems.append(f"{key} has no values for its parts {', '.join(absent)}")
         for key, other in self.tied.items():
             if other in values:
                 values.setdefault(key, values[other])
-        problems = [
+        problems += [
             f"{key} {problem}"
             for key, x in values.items()
             for problem in layouts.overflow(x, layouts.dtype(self.tensors[key]))
@@ -147,10 +176,26 @@ class Match:
             if key in converted or not partial
         }
 
+    def _require_kind(self, partial: bool, gradients: bool | None) -> None:
+        """Refuse to take gradients for values, or values for gradients."""
+        sums = [f"{pair.name} to {path_name(pair.path)}" for pair in self.pairs if pair.added]
+        if sums and partial and gradients is None:
+            raise ValueError(
+                f"The values of {', '.join(sums)} are added, but their gradients are not: with "
+                "partial=True, pass gradients=True if these are gradients, and otherwise False."
+            )
+
     def __str__(self) -> str:
         """A line for each tensor of PyTorch: where it goes and how, or why not; then the notes."""
         rows = [
-            (p.key, f"{p.torch_shape}", "->", path_name(p.path), f"{p.flax_shape}", p.layout.how)
+            (
+                p.name,
+                f"{p.torch_shape}",
+                "->",
+                path_name(p.path),
+                f"{p.flax_shape}",
+                p.layout.how + (", added" if p.added else ""),
+            )
             for p in self.pairs
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -209,18 +254,21 @@ def match(
     flax_shapes = {path: shape(x) for path, x in leaves.items()}
     renames = Renames.of(names, dict.fromkeys(map(module_of, tensors)))
     found = naming.match_names(torch_shapes, flax_shapes, renames, rules)
-    better = found if callable(names) else naming.with_better_names(found)
-    tied = tied_tensors(tensors, better.paths)
-    skipped = skipped_tensors(tensors, better.paths.keys() | tied)
+    proposed = proposal.Proposal(found, {})
+    if not callable(names):
+        proposed = proposal.better_names(found, module_order(like))
+    better = proposed.match
+    tied = tied_tensors(tensors, better.keys)
+    skipped = skipped_tensors(tensors, better.keys | tied.keys())
 
     table = layers.fact_table(found, *declared, transposed, flattened or {})
     pairs, errors, notes = layers.match_layers(found, table, tensors, leaves)
     refuse(
-        naming.name_hints(found, better)
+        proposal.name_hints(found, better)
         + "The state_dict and the Flax variables must match, tensor by tensor, but:",
         naming.name_errors(found, better, tied.keys() | skipped) + errors,
         "Build both models with the same configuration, or pass `names` to say where in Flax a "
-        "module of PyTorch is." + naming.name_proposal(found, better),
+        "module of PyTorch is." + proposal.name_proposal(found, proposed),
     )
     return Match(pairs, tied, skipped, tensors, notes)
 
@@ -245,7 +293,7 @@ def _require_argument_types(names: Any, transposed: Any, flattened: Any) -> None
 
 
 def _refuse_other_collections(leaves: Leaves, rules: Rules) -> None:
-    known = {collection for collection, _ in rules}
+    known = {path[0] for path in rules}
     others = sorted({path[0] for path in leaves} - known)
     if others:
         raise ValueError(

@@ -3,21 +3,24 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
-from itertools import chain, pairwise, takewhile
+from itertools import chain, pairwise
 from typing import NamedTuple, TypeVar
 
-from bcn_flax.interop.layouts import SKIPPED, LayerFacts, Path, Rules, Shape, path_name, rule_for
+from bcn_flax.interop.layouts import Path, Shape, path_name
+from bcn_flax.interop.rules import Rule, Rules, rules_for
 
 Names = Mapping[str, str] | Callable[[str], str | None]
 Canonical = tuple[str, ...]
+Keys = dict[Canonical, dict[str, list[str]]]
 T = TypeVar("T")
+G = TypeVar("G")
 
 # The names of the batch norm inside the authors' batch-channel norm. The parameters of its channel
 # norm are its own.
 AUTHORS_BATCH_NORM = ("bn", "pbn")
 
-# The names that PyTorch's wrappers put before all others.
-WRAPPERS = ("module", "_orig_mod", "model")
+# A tensor of a layer of torch.nn.LSTM, GRU or RNN.
+_RECURRENT_NAME = re.compile(r"((?:weight|bias)_(?:ih|hh|hr))_(l\d+(?:_reverse)?)")
 
 
 class Renames(NamedTuple):
@@ -108,6 +111,22 @@ class Renames(NamedTuple):
         ]
 
 
+class Link(NamedTuple):
+    """A tensor, or a part of it, and its leaf, of matching names.
+
+    Attributes:
+        key: of the tensor.
+        path: of the leaf.
+        rule: by which they match.
+        added: whether the tensor is the second one of the rule, which is added to the first.
+    """
+
+    key: str
+    path: Path
+    rule: Rule
+    added: bool = False
+
+
 class NameMatch(NamedTuple):
     """Which tensor is which leaf, by names alone.
 
@@ -116,7 +135,7 @@ class NameMatch(NamedTuple):
         leaves: Flax's shapes, by path.
         renames: where in Flax the modules of PyTorch are.
         rules: which leaf has which names.
-        paths: the leaf of each tensor that has one, in PyTorch's order.
+        links: each leaf that has a tensor, with it, in PyTorch's order.
         missing: the leaves that have no tensor, with the keys that one might have.
         ambiguous: one line for each leaf or tensor that has several counterparts.
     """
@@ -125,9 +144,14 @@ class NameMatch(NamedTuple):
     leaves: Mapping[Path, Shape]
     renames: Renames
     rules: Rules
-    paths: Mapping[str, Path]
+    links: tuple[Link, ...]
     missing: Mapping[Path, list[str]]
     ambiguous: list[str]
+
+    @property
+    def keys(self) -> set[str]:
+        """The tensors that have a leaf."""
+        return {link.key for link in self.links}
 
 
 def match_names(
@@ -135,39 +159,39 @@ def match_names(
 ) -> NameMatch:
     """Find the leaf of each tensor by its name."""
     modules = {canonical(path[1:-1]) for path in leaves}
-    norms = {
-        m[:-1] for m in modules if {(*m[:-1], "batch_norm"), (*m[:-1], "channel_norm")} <= modules
-    }
-    found: dict[Canonical, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for key in tensors:
-        module, _, leaf = key.rpartition(".")
-        found[_authors_part(canonical(renames.flax_path(module)), norms)][leaf].append(key)
-
-    paths: dict[str, Path] = {}
+    keys = _keys_by_module(tensors, renames, modules)
+    fused = {name for key, rule in rules.items() if len(key) > 2 for name in rule.names}
+    links: dict[str, list[Link]] = {key: [] for key in tensors}
     missing, ambiguous = {}, []
     for path, shape in leaves.items():
-        names, in_module = rule_for(rules, path).names, found[canonical(path[1:-1])]
-        keys = [key for name in names for key in in_module[name]]
-        flax = f"Flax's {path_name(path)} {shape}"
-        if not keys:
-            neighbor = next(chain.from_iterable(in_module.values()), None)
-            missing[path] = _likely_keys(path[1:-1], neighbor, names)
-        elif len(keys) > 1:
-            ambiguous.append(f"ambiguous: {flax} may be {' or '.join(keys)}")
-        elif keys[0] in paths:
-            ambiguous.append(f"ambiguous: {keys[0]} may be {path_name(paths[keys[0]])} or {flax}")
+        own, flax = canonical(path[1:-1]), f"Flax's {path_name(path)} {shape}"
+        others = modules - {own}
+        options = [
+            (rule, module, _named(rule.names, module, keys, others))
+            for rule, module in rules_for(rules, path)
+        ]
+        rule, module, found = next((option for option in options if option[2]), options[-1])
+        found = [key for key in found if key in chain(*keys.get(own, {}).values())] or found
+        if not found:
+            near = [
+                (rule, module)
+                for rule, module, _ in options
+                if fused & keys.get(canonical(module), {}).keys()
+            ]
+            missing[path] = _likely_keys(*(near or [(rule, module)])[0], keys)
+        elif len(found) > 1:
+            ambiguous.append(f"ambiguous: {flax} may be {' or '.join(found)}")
         else:
-            paths[keys[0]] = path
-    in_order = {key: paths[key] for key in tensors if key in paths}
-    return NameMatch(tensors, leaves, renames, rules, in_order, missing, ambiguous)
-
-
-def with_better_names(found: NameMatch) -> NameMatch:
-    """The match under more names, if these match more: no wrapper, and names by shape and order."""
-    if not found.missing:
-        return found
-    wrapper = _likely_wrapper(found)
-    return _with_proposed_names(_with_names(found, {wrapper: ""}) if wrapper else found)
+            for key in [*found, *_named(rule.added, module, keys, others)]:
+                link = Link(key, path, rule, added=key not in found)
+                clash = [other for other in links[key] if not _share(link, other)]
+                if clash:
+                    first = path_name(clash[0].path)
+                    ambiguous.append(f"ambiguous: {key} may be {first} or {flax}")
+                else:
+                    links[key].append(link)
+    in_order = (sorted(group, key=lambda link: link.rule.part or 0) for group in links.values())
+    return NameMatch(tensors, leaves, renames, rules, (*chain(*in_order),), missing, ambiguous)
 
 
 def name_errors(found: NameMatch, better: NameMatch, accounted: Collection[str]) -> list[str]:
@@ -178,8 +202,8 @@ def name_errors(found: NameMatch, better: NameMatch, accounted: Collection[str])
         better: the same, or by better names: what these match is summed up in one line.
         accounted: the tensors that need no leaf.
     """
-    left = [key for key in found.tensors if key not in better.paths and key not in accounted]
-    gained = len(better.paths) - len(found.paths)
+    left = [key for key in found.tensors if key not in better.keys and key not in accounted]
+    gained = len(better.keys) - len(found.keys)
     return [
         *found.ambiguous,
         *found.renames.errors(found.leaves),
@@ -189,23 +213,20 @@ def name_errors(found: NameMatch, better: NameMatch, accounted: Collection[str])
     ]
 
 
-def name_hints(found: NameMatch, better: NameMatch) -> str:
-    """The usual reasons why names do not match, of those that the keys show."""
-    hint, wrapper = "", better.renames.wrapper
-    if wrapper != found.renames.wrapper:
-        hint += f'All names begin with "{wrapper}.", which names={{"{wrapper}": ""}} removes.\n'
-    if any("/" in key for key in found.tensors):
-        hint += "A state_dict joins its names with dots, not slashes.\n"
-    return hint
+def split_key(key: str) -> tuple[str, str]:
+    """The module and the name of a tensor; a layer of a recurrent network is a module too.
 
-
-def name_proposal(found: NameMatch, better: NameMatch) -> str:
-    """The better names, to copy, if more tensors match by them."""
-    if len(better.paths) == len(found.paths):
-        return ""
-    entries = [f'    "{path}": "{place}",' for path, place in better.renames.paths.items()]
-    lines = ["By shapes and order, to be checked and edited:", "names={", *entries, "}"]
-    return "\n".join(["", *lines])
+    Example:
+        >>> split_key("layers.0.weight"), split_key("weight")
+        (('layers.0', 'weight'), ('', 'weight'))
+        >>> split_key("lstm.weight_ih_l1_reverse")
+        ('lstm.l1_reverse', 'weight_ih')
+    """
+    module, _, name = key.rpartition(".")
+    recurrent = _RECURRENT_NAME.fullmatch(name)
+    if recurrent:
+        return f"{module}.{recurrent[2]}".removeprefix("."), recurrent[1]
+    return module, name
 
 
 def module_of(key: str) -> str:
@@ -215,7 +236,17 @@ def module_of(key: str) -> str:
         >>> module_of("layers.0.weight"), module_of("weight")
         ('layers.0', '')
     """
-    return key.rpartition(".")[0]
+    return split_key(key)[0]
+
+
+def natural(name: str) -> list[str | int]:
+    """A key to sort names with their numbers as numbers.
+
+    Example:
+        >>> sorted(["layers_10", "layers_2"], key=natural)
+        ['layers_2', 'layers_10']
+    """
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def canonical(components: Iterable[str]) -> Canonical:
@@ -258,11 +289,55 @@ def _authors_part(name: Canonical, batch_channel_norms: Collection[Canonical]) -
     return name
 
 
-def _likely_keys(path: Path, neighbor: str | None, leaves: Iterable[str]) -> list[str]:
+def _keys_by_module(
+    tensors: Iterable[str], renames: Renames, modules: Collection[Canonical]
+) -> Keys:
+    """The tensors by the module of Flax in which they belong, and by name."""
+    norms = {
+        m[:-1]
+        for m in modules
+        if {(*m[:-1], "batch_norm"), (*m[:-1], "channel_norm")} <= {*modules}
+    }
+    layers: dict[str, set[str]] = defaultdict(set)
+    for key in tensors:
+        layers[key.rpartition(".")[0]].add(module_of(key))
+    keys: Keys = defaultdict(lambda: defaultdict(list))
+    for key in tensors:
+        module, name = split_key(key)
+        network = key.rpartition(".")[0]
+        # The only layer of a recurrent network is the network.
+        if len(layers[network]) == 1 and module not in renames.paths:
+            module = network
+        keys[_authors_part(canonical(renames.flax_path(module)), norms)][name].append(key)
+    return keys
+
+
+def _named(
+    names: Iterable[str], module: Path, keys: Keys, others: Collection[Canonical]
+) -> list[str]:
+    """The tensors of these names in a module, or in modules in it that are none of Flax's."""
+    found = []
+    for name in names:
+        *inside, leaf = name.split(".")
+        place = canonical((*module, *inside))
+        if not inside or place not in others:
+            found += keys.get(place, {}).get(leaf, [])
+    return found
+
+
+def _share(link: Link, other: Link) -> bool:
+    """Whether two leaves may have the same tensor: they are different parts of it."""
+    return None not in (link.rule.part, other.rule.part) and link.rule.part != other.rule.part
+
+
+def _likely_keys(rule: Rule, module: Path, keys: Keys) -> list[str]:
     """The likely keys of a missing tensor: beside its neighbor, or under the name in Flax."""
-    parts = [part for component in path for part in _split_numbers(component)]
-    module = ".".join(parts) if neighbor is None else module_of(neighbor)
-    return [f"{module}.{leaf}".removeprefix(".") for leaf in leaves]
+    neighbor = next(chain(*keys.get(canonical(module), {}).values()), None)
+    if neighbor is None:
+        parts = [part for component in module for part in _split_numbers(component)]
+        return [".".join([*parts, name]) for name in rule.names]
+    before, _, after = neighbor.rpartition(split_key(neighbor)[1])
+    return [f"{before}{name}{after}" for name in rule.names if "." not in name]
 
 
 def _missing(found: NameMatch) -> list[str]:
@@ -273,14 +348,14 @@ def _missing(found: NameMatch) -> list[str]:
             f"{' or '.join(found.missing[path])}, for Flax's {path_name(path)} {found.leaves[path]}"
             for path in paths
         )
-        for paths in _by_flax_module(found.missing).values()
+        for paths in by_flax_module(found.missing).values()
     ]
 
 
 def _unexpected(found: NameMatch, keys: Iterable[str]) -> list[str]:
     """One line for each module of PyTorch that has tensors, of these keys, without a leaf."""
     lines = []
-    for module, group in _by_torch_module(keys).items():
+    for module, group in by_torch_module(keys).items():
         tensors = ", ".join(f"{key} {found.tensors[key]}" for key in group)
         place = "/".join(found.renames.flax_path(module))
         line = f"unexpected: {tensors}, without a counterpart in Flax"
@@ -289,111 +364,22 @@ def _unexpected(found: NameMatch, keys: Iterable[str]) -> list[str]:
     return lines
 
 
-def _likely_wrapper(found: NameMatch) -> str:
-    """A name before all names without which more tensors find their leaf.
-
-    If nothing matches either way, because other names differ too, a wrapper's usual name.
-    """
-    if found.renames.wrapper:
-        return ""
-    columns = zip(*(module.split(".") for module in found.renames.modules), strict=False)
-    common = [column[0] for column in takewhile(lambda column: len({*column}) == 1, columns)]
-    prefixes = [".".join(common[:n]) for n in range(1, len(common) + 1) if common[0]]
-    matched = {prefix: len(_with_names(found, {prefix: ""}).paths) for prefix in prefixes}
-    best = max(matched, key=matched.__getitem__, default="")
-    if best and matched[best] > len(found.paths):
-        return best
-    usual = [prefix for prefix in matched if {*prefix.split(".")} <= {*WRAPPERS}]
-    return max(usual, key=len) if usual and not found.paths else ""
+def by_torch_module(keys: Iterable[str]) -> dict[str, list[str]]:
+    """The tensors of each module."""
+    return grouped(keys, module_of)
 
 
-def _with_names(found: NameMatch, more: Mapping[str, str]) -> NameMatch:
-    renames = Renames.of({**found.renames.paths, **more}, found.renames.modules)
-    return match_names(found.tensors, found.leaves, renames, found.rules)
+def by_flax_module(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """The leaves of each module."""
+    return grouped(paths, lambda path: path_name(path[1:-1]))
 
 
-def _with_proposed_names(found: NameMatch) -> NameMatch:
-    """The match with names for modules of which nothing matches.
-
-    A module of PyTorch gets the first one of Flax with leaves of its shapes. Modules at the top
-    come first on both sides; then the order is that of the definition, or of the names if the
-    order of definition is lost.
-    """
-    named = found.paths.keys() | found.renames.paths.keys()
-    unmatched = _unmatched(_by_torch_module(found.tensors), named)
-    places = _unmatched(_by_flax_module(found.leaves), found.leaves.keys() - found.missing.keys())
-    free = _in_order(
-        {place: place for place in places}, [p for p in found.leaves if p[0] == "params"]
-    )
-    own_places = {module: "/".join(found.renames.flax_path(module)) for module in unmatched}
-    chosen = {}
-    for module in _in_order(own_places, [*found.tensors]):
-        leaves = {key.rpartition(".")[2]: found.tensors[key] for key in unmatched[module]}
-        needed = {leaf: shape for leaf, shape in leaves.items() if leaf not in SKIPPED}
-        for place in free:
-            if needed and _fits(needed, {p: found.leaves[p] for p in places[place]}, found.rules):
-                chosen[module] = place
-                free.remove(place)
-                break
-    better = _with_names(
-        found, {module: chosen[module] for module in unmatched if module in chosen}
-    )
-    return better if better.paths.items() >= found.paths.items() else found
-
-
-def _by_torch_module(keys: Iterable[str]) -> dict[str, list[str]]:
-    return _grouped(keys, module_of)
-
-
-def _by_flax_module(paths: Iterable[Path]) -> dict[str, list[Path]]:
-    return _grouped(paths, lambda path: path_name(path[1:-1]))
-
-
-def _grouped(items: Iterable[T], group_of: Callable[[T], str]) -> dict[str, list[T]]:
+def grouped(items: Iterable[T], group_of: Callable[[T], G]) -> dict[G, list[T]]:
+    """The items of each group, in their order."""
     groups = defaultdict(list)
     for item in items:
         groups[group_of(item)].append(item)
     return groups
-
-
-def _unmatched(modules: Mapping[str, list[T]], matched: Collection[object]) -> dict[str, list[T]]:
-    """The modules that are not matched themselves, and of which nothing is."""
-    return {
-        module: group
-        for module, group in modules.items()
-        if module not in matched and not any(x in matched for x in group)
-    }
-
-
-def _fits(tensors: Mapping[str, Shape], leaves: Mapping[Path, Shape], rules: Rules) -> bool:
-    """Whether every tensor has the name and the shape of just one leaf, and every leaf has one."""
-    taken = []
-    for path, shape in leaves.items():
-        rule = rule_for(rules, path)
-        possible = (LayerFacts(), LayerFacts(True)) if len(shape) > 2 else (LayerFacts(),)
-        taken += [
-            name
-            for name in rule.names
-            if name in tensors
-            and any(
-                layout.torch_shape(shape) == tensors[name]
-                for facts in possible
-                for layout in rule.layouts(tensors[name], shape, facts)
-            )
-        ]
-    return len(taken) == len(leaves) and {*taken} == tensors.keys()
-
-
-def _in_order(places: Mapping[str, str], everything: list[str] | list[Path]) -> list[str]:
-    """Modules by their places; by name if `everything` is sorted, so that its order is lost."""
-    lost = everything == sorted(everything)
-
-    def key(module: str) -> tuple[bool, list[str | int]]:
-        nested = len(canonical(filter(None, places[module].split("/")))) > 1
-        parts = re.split(r"(\d+)", module) if lost else []
-        return nested, [int(part) if part.isdecimal() else part for part in parts]
-
-    return sorted(places, key=key)
 
 
 def _in(module: str, path: str) -> bool:

@@ -111,6 +111,30 @@ def flax_convolutions(like: Variables | nnx.Module) -> dict[Path, LayerFacts]:
     return facts
 
 
+def module_order(like: Variables | nnx.Module) -> list[str]:
+    """The modules in an NNX module, by path, in the order of their definition; none for others."""
+    found: list[str] = []
+
+    def visit(node: Any, place: tuple[Any, ...], around: tuple[int, ...]) -> None:
+        if id(node) in around:
+            return
+        if isinstance(node, nnx.Module):
+            found.append(path_name(linen_path(place)))
+        children: Iterable[tuple[Any, Any]] = ()
+        if isinstance(node, list | tuple | nnx.List):
+            children = enumerate(node)
+        elif isinstance(node, Mapping):
+            children = node.items()
+        elif isinstance(node, nnx.Module):
+            children = vars(node).items()
+        for name, child in children:
+            visit(child, (*place, name), (*around, id(node)))
+
+    if isinstance(like, nnx.Module):
+        visit(like, (), ())
+    return found
+
+
 def variables_of(module: nnx.Module) -> dict[str, Any]:
     """The parameters and statistics of an NNX module, as linen variables.
 

@@ -261,7 +261,7 @@ class TorchSide:
                 for name, x in given.items()
                 if x.requires_grad
             },
-            self._matched.to_flax(gradient, partial=True).get("params", {}),
+            self._matched.to_flax(gradient, partial=True, gradients=True).get("params", {}),
             self._matched.to_flax(self._module.state_dict()),
         )
 
