@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import initializers
-from flax.nnx.nn import dtypes
 from flax.typing import Dtype
 
 from bcn_flax.affine import Affine, Moments
@@ -18,26 +17,13 @@ from bcn_flax.nnx import (
     BatchChannelNorm,
     BatchNorm,
     ChannelNorm,
-    EstimatedBatchNorm,
     WSConv,
     WSConvTranspose,
     WSDense,
 )
 from bcn_flax.passes import promote, widen
-from bcn_flax.surgery import calibration, flow, folding
-
-Path = tuple[Any, ...]
-
-_PLAIN: dict[type[nnx.Module], type[nnx.Module]] = {
-    nnx.Conv: nnx.Conv,
-    nnx.ConvTranspose: nnx.ConvTranspose,
-    nnx.Linear: nnx.Linear,
-    WSConv: nnx.Conv,
-    WSConvTranspose: nnx.ConvTranspose,
-    WSDense: nnx.Linear,
-}
-_WEIGHTS = {"kernel", "bias", "gain", "mean", "var", "scale"}
-_NORMS = (nnx.BatchNorm, BatchNorm, EstimatedBatchNorm, BatchChannelNorm)
+from bcn_flax.surgery import calibration, folding
+from bcn_flax.surgery.nnx_trace import NORMS, PLAIN, Path, batch_norm_in, name_of, override, trace
 
 
 def convert_batch_norm(
@@ -89,14 +75,14 @@ def convert_batch_norm(
         )
     copy = nnx.clone(model)
     modules: dict[Path, Any] = dict(nnx.iter_modules(copy))
-    left = {p for p, m in modules.items() if leave is not None and leave(_name(p), m)}
+    left = {p for p, m in modules.items() if leave is not None and leave(name_of(p), m)}
     norms = {p for p, m in modules.items() if isinstance(m, nnx.BatchNorm)} - left
     if not norms:
         raise ValueError(
             "The model must have an nnx.BatchNorm to convert, but it has none that is not to be "
             "left as it is."
         )
-    pairs = _trace(copy, args, (nnx.BatchNorm,), evaluation=False)[0].pairs() if ws else []
+    pairs = trace(copy, args, (nnx.BatchNorm,), evaluation=False)[0].pairs() if ws else []
     convolutions = {
         conv for conv, norm in pairs if norm in norms and _is_single(modules[conv])
     } - left
@@ -109,7 +95,7 @@ def convert_batch_norm(
             elif path in convolutions:
                 converted[path] = _rebuilt(WSConv, module)
         except ValueError as error:
-            problems.append(f"{_name(path)}: {error}")
+            problems.append(f"{name_of(path)}: {error}")
     if problems:
         raise ValueError(
             "Every module that is to be converted must allow it, but:\n  "
@@ -151,7 +137,7 @@ def recalibrate(model: Any, batches: Iterable[Any]) -> None:
     def step(state: Any, arrays: Any, static: calibration.Static) -> Any:
         copy = nnx.merge(graphdef, state)
         for norm in _batch_norms(copy):
-            _override(norm, affine=_updating(type(norm).affine))
+            override(norm, affine=_updating(type(norm).affine))
         copy(*calibration.join(arrays, static))
         return nnx.merge_state(state, nnx.state(copy, nnx.BatchStat))
 
@@ -199,29 +185,25 @@ def fold(model: Any, *args: Any) -> Any:
     """
     copy = _evaluating(model)
     modules: dict[Path, Any] = dict(nnx.iter_modules(copy))
-    seen, flagged = _trace(copy, args, _NORMS, evaluation=True)
+    seen, flagged = trace(copy, args, NORMS, evaluation=True)
     after = seen.sole_readers()
     replacements: dict[Path, Any] = {}
     for path, call in seen.foldable_layers().items():
         layer, weights, epsilon = modules[path], None, 0.0
         if path in after:
             norm, weights = modules[after[path].path], seen.weights(after[path])
-            epsilon = _batch_norm_in(norm).epsilon
+            epsilon = batch_norm_in(norm).epsilon
             replacements[after[path].path] = _without_batch_norm(norm, after[path].path in flagged)
         elif not _is_standardized(layer):
             continue
         folded = folding.fold(layer, seen.weights(call), weights, epsilon, call.stacked)
-        new = _rebuilt(_PLAIN[type(layer)], layer, use_bias="bias" in folded)
+        new = _rebuilt(PLAIN[type(layer)], layer, use_bias="bias" in folded)
         new.kernel = layer.kernel.replace(folded["kernel"])
         if "bias" in folded:
             new.bias = nnx.Param(folded["bias"])
         replacements[path] = new
     folding.require_foldable(replacements)
     return nnx.recursive_map(lambda path, node: replacements.get(path, node), copy)
-
-
-def _name(path: Path) -> str:
-    return "/".join(map(str, path))
 
 
 def _evaluating(model: Any) -> Any:
@@ -286,7 +268,7 @@ def _batch_channel_norm(
 def _rebuilt(make: Any, module: Any, **changes: Any) -> Any:
     """The same layer as a module of class `make`, with its arguments and parameters."""
     not_kept = {"self", "rngs", "kernel_init", "bias_init", "kernel_metadata", "bias_metadata"}
-    init: Any = _PLAIN[type(module)].__init__
+    init: Any = PLAIN[type(module)].__init__
     names = inspect.signature(init).parameters.keys() - not_kept
     arguments = {name: getattr(module, name) for name in names} | changes
     if _is_standardized(module):
@@ -345,88 +327,6 @@ def _without_batch_norm(norm: Any, flagged: bool) -> nnx.Module:
     return _Cast(norm.dtype, jnp.result_type(*(v.dtype for v in variables if v is not None)))
 
 
-def _batch_norm_in(norm: Any) -> Any:
-    return norm.batch_norm if isinstance(norm, BatchChannelNorm) else norm
-
-
-def _variables(module: Any) -> dict[str, nnx.Variable[Any]]:
-    """The weights of a layer or batch norm, by name."""
-    return {name: v for name, v in vars(module).items() if name in _WEIGHTS and v is not None}
-
-
-def _marked(module: Any) -> dict[str, jax.Array]:
-    """Mark the weights of a module, in place."""
-    variables = _variables(module)
-    weights = flow.weights({name: v[...] for name, v in variables.items()})
-    for name, variable in variables.items():
-        variable[...] = weights[name]
-    return weights
-
-
-def _trace(
-    model: Any, args: Any, kinds: Any, *, evaluation: bool
-) -> tuple[flow.Flow[Path], set[Path]]:
-    """Trace a copy of the model.
-
-    Args:
-        model: an NNX module; it is not changed.
-        args: its arguments.
-        kinds: the classes of the norms.
-        evaluation: whether all norms must be in evaluation.
-
-    Returns:
-        The calls of its layers and norms, and the norms that are called with more than an input and
-        a mask.
-    """
-    flagged = set()
-
-    def norm_call(path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
-        def marked(self: Any, x: Any, *flags: Any, **named: Any) -> Any:
-            if evaluation:
-                flag = named.get("use_running_average", flags[0] if flags else None)
-                folding.require_evaluation(
-                    type(self).__name__, _name(path), self.use_running_average, flag
-                )
-            if flags or named.keys() - {"mask"}:
-                flagged.add(path)
-            own = nnx.clone(self)
-            weights = _marked(_batch_norm_in(own))
-            foldable = folding.is_last_axis(self.axis, x.ndim)
-            if evaluation and isinstance(self, nnx.BatchNorm):
-                foldable &= self.promote_dtype is dtypes.promote_dtype
-            return call(own, flow.norm_input(path, x, weights, foldable), *flags, **named)
-
-        return marked
-
-    def layer_call(path: Path, call: Callable[..., Any]) -> Callable[..., Any]:
-        def marked(self: Any, *inputs: Any, **named: Any) -> Any:
-            own = nnx.clone(self)
-            weights = _marked(own)
-            return flow.layer_output(path, call(own, *inputs, **named), weights)
-
-        return marked
-
-    graphdef, weights, *rest = nnx.split(model, nnx.Any(nnx.Param, nnx.BatchStat), ...)
-
-    def run(weights: Any) -> tuple[Any, Any]:
-        copy = nnx.clone(nnx.merge(graphdef, weights, *rest))
-        modules: list[tuple[Path, Any]] = list(nnx.iter_modules(copy))
-        for path, module in modules:
-            kind = type(module)
-            if kind in kinds:
-                _override(module, __call__=norm_call(path, kind.__call__))
-            elif kind in _PLAIN:
-                _override(module, __call__=layer_call(path, kind.__call__))
-        return copy(*args), nnx.state(copy)
-
-    modules = dict(nnx.iter_modules(model))
-
-    def own(path: Path) -> dict[str, Any]:
-        return {n: v.get_raw_value() for n, v in _variables(_batch_norm_in(modules[path])).items()}
-
-    return flow.trace(run, weights, own), flagged
-
-
 def _updating(affine: Callable[..., Affine]) -> Callable[..., Affine]:
     """A method for `BatchNorm.affine`: update the average, then normalize by it."""
 
@@ -438,9 +338,3 @@ def _updating(affine: Callable[..., Affine]) -> Callable[..., Affine]:
         return affine(self, m, use_running_average=True, update_stats=False)
 
     return updated
-
-
-def _override(module: nnx.Module, **methods: Any) -> None:
-    """Replace methods of this one module, which becomes an instance of a new subclass."""
-    kind: Any = type(module)
-    object.__setattr__(module, "__class__", type(kind)(kind.__name__, (kind,), methods))

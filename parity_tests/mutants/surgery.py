@@ -6,6 +6,7 @@ FLOW = "bcn_flax/surgery/flow.py"
 FOLDING = "bcn_flax/surgery/folding.py"
 LINEN = "bcn_flax/surgery/linen.py"
 NNX = "bcn_flax/surgery/nnx.py"
+NNX_TRACE = "bcn_flax/surgery/nnx_trace.py"
 
 MUTANTS = (
     Mutant(
@@ -218,7 +219,7 @@ MUTANTS = (
     ),
     Mutant(
         "own-promotion-folds",
-        NNX,
+        NNX_TRACE,
         "foldable &= self.promote_dtype is dtypes.promote_dtype",
         "foldable &= True",
         "A norm with its own promotion of dtypes folds.",
