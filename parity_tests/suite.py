@@ -11,8 +11,9 @@ from parity_tests.surgery import SURGERY
 def checks() -> dict[str, Callable[[], object]]:
     """Functions that raise an error if a check fails, by name. Needs PyTorch."""
     from parity_tests import torch_surgery, weights
+    from parity_tests.torch_conversions import CONVERSIONS
     from parity_tests.torch_layers import HALF_PRECISION
 
     cases = {str(case): case.check for case in CASES}
-    surgery = {**SURGERY, **torch_surgery.SURGERY}
+    surgery = {**SURGERY, **torch_surgery.SURGERY, **CONVERSIONS}
     return {**cases, **NETWORKS, **HALF_PRECISION, **weights.CHECKS, **LAWS, **surgery}

@@ -24,7 +24,7 @@ from bcn_torch import (
     fold,
 )
 from bcn_torch.surgery.replacement import WSConv2dSame
-from parity_tests.test_torch_conversion_classes import BatchNormAct2d, TimmConv2dSame, drawn
+from parity_tests.torch_conversions import BatchNormAct2d, TimmConv2dSame, drawn
 
 # TorchScript is deprecated, and says so wherever it is used.
 pytestmark = [

@@ -11,6 +11,7 @@ from typing import Any
 
 from parity_tests.mutants import (
     affine,
+    conversion,
     interop,
     kernels,
     layers,
@@ -31,6 +32,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *interop.MUTANTS,
     *surgery.MUTANTS,
     *pytorch.MUTANTS,
+    *conversion.MUTANTS,
     *torch_surgery.MUTANTS,
 )
 EQUIVALENT: tuple[Mutant, ...] = (
