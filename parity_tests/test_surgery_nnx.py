@@ -178,15 +178,25 @@ class TestConversion:
         before = snapshot(model)
         with pytest.raises(ValueError, match="Every module") as caught:
             convert_batch_norm(model, IMAGES, num_groups=4)
+        complaint = (
+            "num_groups must divide the number of channels into groups of two or more, because a "
+            "channel norm of single channels undoes what the batch norm has learned, but "
+            "num_groups=4 and there are 6 channels. Any of 1, 2, 3 would do, and num_groups=None "
+            "chooses for each norm."
+        )
         assert str(caught.value) == (
             "Every module that is to be converted must allow it, but:\n"
-            "  a_norm: num_groups must divide the number of channels, but num_groups=4 and there "
-            "are 6 channels. Any of 1, 2, 3, 6 would do.\n"
-            "  layers/1: num_groups must divide the number of channels, but num_groups=4 and there "
-            "are 6 channels. Any of 1, 2, 3, 6 would do.\n"
+            f"  a_norm: {complaint}\n"
+            f"  layers/1: {complaint}\n"
             "Give other arguments, or leave these modules as they are, with the argument leave."
         )
         assert_unchanged(model, before)
+
+    def test_no_group_has_a_single_channel(self):
+        norm = nnx.BatchNorm(32, rngs=nnx.Rngs(0))
+        assert convert_batch_norm(norm, ws=False).channel_norm.num_groups == 16
+        with pytest.raises(ValueError, match=r"num_groups=32 and there are 32 .*num_groups=None"):
+            convert_batch_norm(norm, ws=False, num_groups=32)
 
     def test_subclasses_and_stacked_norms_are_refused(self):
         class WithActivation(nnx.BatchNorm):

@@ -12,7 +12,6 @@ from flax.nnx import initializers
 from flax.typing import Dtype
 
 from bcn_flax.affine import Affine, Moments
-from bcn_flax.checks import require_group_count
 from bcn_flax.nnx import (
     BatchChannelNorm,
     BatchNorm,
@@ -29,7 +28,7 @@ from bcn_flax.surgery.nnx_trace import NORMS, PLAIN, Path, batch_norm_in, name_o
 def convert_batch_norm(
     model: Any,
     *args: Any,
-    num_groups: int | None = 32,
+    num_groups: int | None = None,
     ws: bool = True,
     estimate: bool = True,
     momentum: float | None = None,
@@ -227,10 +226,17 @@ def _is_standardized(module: Any) -> bool:
 
 def _groups(channels: int, num_groups: int | None) -> int:
     """The number of groups, by default as many as possible up to 32, of two channels or more."""
+    possible = [d for d in range(1, channels + 1) if channels % d == 0 and channels >= 2 * d] or [1]
     if num_groups is None:
-        divisors = (d for d in range(1, 33) if channels % d == 0)
-        num_groups = max(d for d in divisors if d == 1 or channels >= 2 * d)
-    return require_group_count(channels, num_groups, None)
+        return max(d for d in possible if d <= 32)
+    if num_groups not in possible:
+        raise ValueError(
+            "num_groups must divide the number of channels into groups of two or more, because a "
+            "channel norm of single channels undoes what the batch norm has learned, but "
+            f"num_groups={num_groups} and there are {channels} channels. Any of "
+            f"{', '.join(map(str, possible))} would do, and num_groups=None chooses for each norm."
+        )
+    return num_groups
 
 
 def _batch_channel_norm(
