@@ -5,9 +5,11 @@ Each message states the rule, the values seen and the way out.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-from jax import Array
+import numpy as np
+from jax.typing import ArrayLike
 
 
 def require_running_average_flag(layer: str, attribute: bool | None, argument: bool | None) -> bool:
@@ -52,24 +54,38 @@ def require_group_count(channels: int, num_groups: int | None, group_size: int |
     return value if num_groups is not None else channels // value
 
 
-def require_momentum(value: float | Array) -> None:
+def require_momentum(value: ArrayLike) -> Any:
     """The weight of the old running average must be from 0 to 1.
 
-    A traced number, for example of a schedule inside `jit`, cannot be checked and passes.
+    Returns:
+        A Python float; a traced number, for example of a schedule inside `jit`, unchecked.
     """
-    if not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
+    if isinstance(value, jax.core.Tracer):
+        return value
+    # As a float, since inside `jit` a comparison of JAX's arrays is traced even if they are not.
+    momentum = float(np.asarray(value))
+    if not 0 <= momentum <= 1:
         raise ValueError(
             "momentum is the weight of the old running average and must be from 0 to 1, but "
             f"momentum={value}. A PyTorch momentum m is 1 - m here: 0.1 there is 0.9 here."
         )
+    return momentum
 
 
-def require_epsilon(value: float | Array) -> None:
-    """Epsilon must be positive and finite; a traced one cannot be checked and passes."""
-    if not isinstance(value, jax.core.Tracer) and not 0 < value < math.inf:
+def require_epsilon(value: ArrayLike) -> Any:
+    """Epsilon must be positive and finite.
+
+    Returns:
+        A Python float; a traced number, unchecked.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return value
+    epsilon = float(np.asarray(value))
+    if not 0 < epsilon < math.inf:
         raise ValueError(
             f"epsilon must be positive and finite, but epsilon={value}. The usual one is 1e-5."
         )
+    return epsilon
 
 
 def require_one_of(argument: str, value: str, names: Sequence[str]) -> None:

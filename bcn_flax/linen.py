@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
@@ -249,7 +250,8 @@ class BatchChannelNorm(_WithRunningAverages):
         use_scale: whether both norms learn a scale.
         bias_init: initializer of the channel norm's bias; the batch norm's starts at 0.
         scale_init: initializer of the channel norm's scale; the batch norm's starts at 1. With
-            zeros a residual block starts as the identity.
+            zeros a residual block starts as the identity. Metadata of the two initializers, as of
+            `nn.with_partitioning(ones, ("model",))`, is given to both norms.
         axis_name: axis of `vmap`, `shard_map` or `pmap` over which batch statistics are pooled. The
             input on each device still has a batch axis, at least of length 1. Under `jit` with a
             sharded batch none is needed: the statistics are those of the whole batch.
@@ -290,6 +292,8 @@ class BatchChannelNorm(_WithRunningAverages):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             running_variance=self.running_variance,
+            bias_init=_with_metadata_of(self.bias_init, initializers.zeros),
+            scale_init=_with_metadata_of(self.scale_init, initializers.ones),
             name="batch_norm",
             **shared,
         )
@@ -355,6 +359,15 @@ class WSConvTranspose(_StandardizedKernel, nn.ConvTranspose):
 
 class WSDense(_StandardizedKernel, nn.Dense):
     """`flax.linen.Dense` with weight standardization, as `WSConv`."""
+
+
+def _with_metadata_of(init: Initializer, constant: Initializer) -> Initializer:
+    """`constant`, with the metadata of `init`, for example of `nn.with_partitioning`."""
+
+    def initialize(*args: Any) -> Any:
+        return meta.replace_boxed(init(*args), constant(*args))
+
+    return initialize
 
 
 def _learned(norm: BatchNorm | ChannelNorm, size: int) -> Affine:

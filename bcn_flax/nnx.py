@@ -7,7 +7,8 @@ see `BatchChannelNorm.affine`.
 The docstrings describe what is different in NNX; those of `bcn_flax.linen` have the equations.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, get_args
 
@@ -26,7 +27,22 @@ from bcn_flax.weight_standardization import Standardization, require_fan_in, sta
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
-class _WithRunningAverages(nnx.Module):
+class _Norm(nnx.Module):
+    """Base of the normalization layers."""
+
+    @property
+    def affine(self) -> Callable[..., Affine]:
+        """The method `_affine`, which gives the map for an input from its moments.
+
+        A property: `nnx.tabulate` wraps public methods, and cannot describe moments as arguments.
+        """
+        return self._affine
+
+    def _affine(self, *args: Any) -> Affine:
+        raise NotImplementedError
+
+
+class _WithRunningAverages(_Norm):
     """Base of the layers with running averages: the call and the view."""
 
     num_features: int
@@ -57,10 +73,6 @@ class _WithRunningAverages(nnx.Module):
         )
         update = norms.should_update_stats(evaluate, self.update_stats, update_stats)
         return norms.normalize(self, x, mask, lambda m: self.affine(m, evaluate, update))
-
-    def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
-        """The map for an input with moments `m`; `update_stats` updates the running averages."""
-        raise NotImplementedError
 
     def set_view(
         self, use_running_average: bool | None = None, update_stats: bool | None = None
@@ -142,14 +154,12 @@ class BatchNorm(_WithRunningAverages):
         Raises:
             ValueError: an argument is out of its range.
         """
-        checks.require_momentum(momentum)
-        checks.require_epsilon(epsilon)
         checks.require_one_of("running_variance", running_variance, get_args(RunningVariance))
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
-        self.momentum = momentum
-        self.epsilon = epsilon
+        self.momentum = checks.require_momentum(momentum)
+        self.epsilon = checks.require_epsilon(epsilon)
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_bias = use_bias
@@ -165,7 +175,7 @@ class BatchNorm(_WithRunningAverages):
         self.scale = _parameter(use_scale, scale_init, shape, param_dtype, scale_metadata, rngs)
         self.bias = _parameter(use_bias, bias_init, shape, param_dtype, bias_metadata, rngs)
 
-    def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
+    def _affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
         """The map for an input with moments `m`; `update_stats` updates the running averages."""
         _require_num_features(m.mean.shape[1], self.num_features)
         f, stats = norms.batch_norm(
@@ -199,7 +209,7 @@ class EstimatedBatchNorm(BatchNorm):
     estimate: ClassVar[bool] = True
 
 
-class ChannelNorm(nnx.Module):
+class ChannelNorm(_Norm):
     """`bcn_flax.linen.ChannelNorm` in NNX: one scale and bias per group.
 
     Parameters are `scale` and `bias`, `(groups,)`.
@@ -250,11 +260,10 @@ class ChannelNorm(nnx.Module):
         Raises:
             ValueError: epsilon is out of its range, or the groups do not divide the channels.
         """
-        checks.require_epsilon(epsilon)
         self.num_features = num_features
         self.num_groups = checks.require_group_count(num_features, num_groups, group_size)
         self.axis = axis
-        self.epsilon = epsilon
+        self.epsilon = checks.require_epsilon(epsilon)
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_bias = use_bias
@@ -273,7 +282,7 @@ class ChannelNorm(nnx.Module):
         """
         return norms.normalize(self, x, mask, self.affine)
 
-    def affine(self, m: Moments) -> Affine:
+    def _affine(self, m: Moments) -> Affine:
         """The map for an input with moments `m`."""
         _require_num_features(m.mean.shape[1], self.num_features)
         return norms.channel_norm(m, _learned(self, self.num_groups), self.epsilon)
@@ -339,15 +348,17 @@ class BatchChannelNorm(_WithRunningAverages):
             param_dtype: dtype of the parameters.
             use_bias: whether both norms learn a bias.
             use_scale: whether both norms learn a scale.
-            bias_init: initializer of the channel norm's bias; the batch norm's starts at 0.
-            scale_init: initializer of the channel norm's scale; the batch norm's starts at 1. With
-                zeros a residual block starts as the identity.
+            bias_init: initializer of the channel norm's bias; the batch norm's starts at 0, with
+                the same metadata.
+            scale_init: initializer of the channel norm's scale; the batch norm's starts at 1, with
+                the same metadata: see `bcn_flax.linen.BatchChannelNorm`.
             axis_name: axis of `vmap`, `shard_map` or `pmap` over which batch statistics are pooled.
             axis_index_groups: groups of devices on that axis; each pools its own statistics.
             running_variance: the variance in the running averages, see `bcn_flax.linen.BatchNorm`.
             update_stats: whether to update the running averages; by default in training only.
             rngs: random numbers for the initializers.
-            bias_metadata: metadata of both biases, for example their sharding.
+            bias_metadata: metadata of both biases, for example their sharding,
+                `{"out_sharding": ("model",)}`.
             scale_metadata: metadata of both scales.
 
         Raises:
@@ -377,6 +388,8 @@ class BatchChannelNorm(_WithRunningAverages):
             axis_index_groups=axis_index_groups,
             running_variance=running_variance,
             update_stats=update_stats,
+            bias_init=_with_metadata_of(bias_init, initializers.zeros),
+            scale_init=_with_metadata_of(scale_init, initializers.ones),
             **shared,
         )
         self.channel_norm = ChannelNorm(
@@ -388,6 +401,10 @@ class BatchChannelNorm(_WithRunningAverages):
             scale_init=scale_init,
             **shared,
         )
+        # NNX may record the name of a property at its first assignment. Recorded here, a switch to
+        # evaluation and back gives the same graphdef, and nothing is compiled again.
+        self.use_running_average = use_running_average
+        self.update_stats = update_stats
 
     @property
     def use_running_average(self) -> bool | None:
@@ -407,7 +424,7 @@ class BatchChannelNorm(_WithRunningAverages):
     def update_stats(self, value: bool | None) -> None:
         self.batch_norm.update_stats = value
 
-    def affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
+    def _affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
         """The map for an input with moments `m`; `update_stats` updates the running averages."""
         f = self.batch_norm.affine(m, use_running_average, update_stats)
         return chain(f, self.channel_norm.affine(push(f, m)))
@@ -491,6 +508,18 @@ class WSConvTranspose(_StandardizedKernel, nnx.ConvTranspose):
 
 class WSDense(_StandardizedKernel, nnx.Linear):
     """`flax.nnx.Linear` with weight standardization, as `WSConv`."""
+
+
+def _with_metadata_of(init: Initializer, constant: Initializer) -> Initializer:
+    """`constant`, with the metadata of `init`, for example of `nnx.with_partitioning`."""
+
+    def initialize(*args: Any) -> Any:
+        given, value = init(*args), constant(*args)
+        if isinstance(given, nnx.VariableMetadata):
+            return dataclasses.replace(given, raw_value=value)
+        return value
+
+    return initialize
 
 
 def _parameter(

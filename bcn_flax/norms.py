@@ -5,10 +5,11 @@ with: those of the batch, the updated running averages, or the stored running av
 """
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -54,15 +55,15 @@ def normalize(
         ValueError: the input or its mask cannot be normalized.
     """
     x = jnp.asarray(x)
-    _require_input(x, layer.axis)
+    axis = _require_input(x, layer.axis)
     if mask is not None:
         mask = jnp.asarray(mask)
         _require_mask(mask, x)
         # A masked value may be NaN, and NaN times a gradient of 0 is still NaN.
         x = jnp.where(mask | jnp.isfinite(x), x, 0)
     wide = widen(x)
-    m = moments(x, layer.axis, mask, wide)
-    return apply(to_affine(m), x, layer.axis, result_dtype(layer, x.dtype), m.origin, wide)
+    m = moments(x, axis, mask, wide)
+    return apply(to_affine(m), x, axis, result_dtype(layer, x.dtype), m.origin, wide)
 
 
 def result_dtype(layer: Layer, dtype: DTypeLike) -> DTypeLike:
@@ -95,8 +96,8 @@ def batch_norm(
     use_running_average: bool,
     update_stats: bool,
     estimate: bool,
-    momentum: Number,
-    epsilon: Number,
+    momentum: ArrayLike,
+    epsilon: ArrayLike,
     running_variance: RunningVariance,
     axis_name: str | None,
     axis_index_groups: Sequence[Sequence[int]] | None,
@@ -129,8 +130,8 @@ def batch_norm(
     Raises:
         ValueError: an argument is out of its range.
     """
-    checks.require_momentum(momentum)
-    checks.require_epsilon(epsilon)
+    old_weight: Number = checks.require_momentum(momentum)
+    epsilon = checks.require_epsilon(epsilon)
     checks.require_one_of("running_variance", running_variance, get_args(RunningVariance))
     if not (use_running_average or initializing or axis_name) and m.counts is None:
         _warn_of_single_values(m.mean.shape[0], m.size)
@@ -140,7 +141,7 @@ def batch_norm(
     if update_stats or not use_running_average:
         batch = pool_batch(m, None if initializing else axis_name, axis_index_groups)
         if update_stats:
-            updated = moving_average(running, batch, momentum, running_variance)
+            updated = moving_average(running, batch, old_weight, running_variance)
         if not use_running_average:
             chosen = updated if estimate else batch
     f = _standardize(chosen, learned, epsilon, m.origin)
@@ -150,10 +151,10 @@ def batch_norm(
 @jax.jit
 def _standardize(m: Moments, learned: Affine, epsilon: Number, origin: Array | float) -> Affine:
     m = Moments(widen(m.mean), widen(m.var), origin=m.origin)
-    return chain(standardize(m, epsilon, origin), learned)
+    return chain(standardize(m, jnp.asarray(epsilon, m.var.dtype), origin), learned)
 
 
-def channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
+def channel_norm(m: Moments, learned: Affine, epsilon: ArrayLike) -> Affine:
     """Standardize each group of channels of each sample; one scale and bias for each *group*.
 
     Args:
@@ -164,7 +165,7 @@ def channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
     Raises:
         ValueError: epsilon is out of its range.
     """
-    checks.require_epsilon(epsilon)
+    epsilon = checks.require_epsilon(epsilon)
     if m.counts is None:
         _warn_of_single_values_in_groups(m.mean.shape[1] // learned.scale.shape[1], m.size)
     return _channel_norm(m, learned, epsilon)
@@ -173,6 +174,7 @@ def channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
 @jax.jit
 def _channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
     pooled = pool_groups(m, learned.scale.shape[1])
+    epsilon = jnp.asarray(epsilon, pooled.var.dtype)
     # Compute one map for each group, then repeat it for each channel.
     if jnp.ndim(m.origin) == 0:
         return per_channel(chain(standardize(pooled, epsilon, m.origin), learned), m.mean)
@@ -221,7 +223,9 @@ def _moving_average(
             var = batch.var + jnp.square((batch.origin - running.mean) + batch.mean)
 
     def average(old: Array, new: Array) -> Array:
-        mixed = momentum * widen(old) + rate * new
+        old_weight = jnp.asarray(momentum, widen(old).dtype)
+        new_weight = jnp.asarray(rate, new.dtype)
+        mixed = old_weight * widen(old) + new_weight * new
         return mixed.astype(old.dtype)
 
     mean, var = average(running.mean, batch.mean_from_zero), average(running.var, var)
@@ -241,18 +245,25 @@ def unbiased(m: Moments) -> Array:
     return m.var * (m.weight / jnp.maximum(m.weight - 1, 1))
 
 
-def _require_input(x: Array, axis: object) -> None:
+def _require_input(x: Array, axis: Any) -> int:
+    """The rules for an input and its channel axis.
+
+    Returns:
+        The channel axis, an integer of Python.
+    """
     rank, shape = x.ndim, tuple(x.shape)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"The input must be of a real floating-point type, but it is {x.dtype}. "
             "Convert it first, for example with x.astype(jnp.float32)."
         )
-    if not isinstance(axis, int):
+    try:
+        axis = operator.index(axis)
+    except TypeError:
         raise ValueError(
             f"The channel axis must be one integer, but axis={axis!r}. Merge several channel axes "
             "into one with a reshape."
-        )
+        ) from None
     if rank < 2:
         raise ValueError(
             "The input must have a batch axis and a channel axis, (n, *space, c), but its shape is "
@@ -268,6 +279,7 @@ def _require_input(x: Array, axis: object) -> None:
             f"The input must not be empty, but its shape is {shape}. "
             "Skip the empty batch, or pad it and pass a mask."
         )
+    return axis
 
 
 def _require_mask(mask: Array, x: Array) -> None:

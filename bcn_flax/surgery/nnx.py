@@ -136,7 +136,7 @@ def recalibrate(model: Any, batches: Iterable[Any]) -> None:
     def step(state: Any, arrays: Any, static: calibration.Static) -> Any:
         copy = nnx.merge(graphdef, state)
         for norm in _batch_norms(copy):
-            override(norm, affine=_updating(type(norm).affine))
+            override(norm, _affine=_updating(type(norm)._affine))
         copy(*calibration.join(arrays, static))
         return nnx.merge_state(state, nnx.state(copy, nnx.BatchStat))
 
@@ -334,7 +334,7 @@ def _without_batch_norm(norm: Any, flagged: bool) -> nnx.Module:
 
 
 def _updating(affine: Callable[..., Affine]) -> Callable[..., Affine]:
-    """A method for `BatchNorm.affine`: update the average, then normalize by it."""
+    """A method for `BatchNorm._affine`: update the average, then normalize by it."""
 
     def updated(self: Any, m: Moments, use_running_average: bool, update: bool) -> Affine:
         del use_running_average, update
