@@ -51,7 +51,7 @@ def require_group_count(channels: int, num_groups: int | None, group_size: int |
             f"{name} must divide the number of channels, but {name}={value} and there are "
             f"{channels} channels. Any of {', '.join(map(str, divisors))} would do."
         )
-    return value if num_groups is not None else channels // value
+    return int(value if num_groups is not None else channels // value)
 
 
 def require_momentum(value: ArrayLike) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, get_args
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import initializers
@@ -158,15 +159,16 @@ class BatchNorm(_WithRunningAverages):
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
-        self.momentum = checks.require_momentum(momentum)
-        self.epsilon = checks.require_epsilon(epsilon)
+        self.momentum = _number(checks.require_momentum(momentum))
+        self.epsilon = _number(checks.require_epsilon(epsilon))
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_bias = use_bias
         self.use_scale = use_scale
         self.axis_name = axis_name
         # The static attributes of an NNX module must be hashable.
-        self.axis_index_groups = axis_index_groups and tuple(map(tuple, axis_index_groups))
+        groups = axis_index_groups
+        self.axis_index_groups = None if groups is None else tuple(map(tuple, groups))
         self.running_variance = running_variance
         self.update_stats = update_stats
         shape, stats_dtype = (num_features,), promote(param_dtype, jnp.float32)
@@ -263,7 +265,7 @@ class ChannelNorm(_Norm):
         self.num_features = num_features
         self.num_groups = checks.require_group_count(num_features, num_groups, group_size)
         self.axis = axis
-        self.epsilon = checks.require_epsilon(epsilon)
+        self.epsilon = _number(checks.require_epsilon(epsilon))
         self.dtype = dtype
         self.param_dtype = param_dtype
         self.use_bias = use_bias
@@ -520,6 +522,11 @@ def _with_metadata_of(init: Initializer, constant: Initializer) -> Initializer:
         return value
 
     return initialize
+
+
+def _number(value: Any) -> Any:
+    """A number as an attribute: if it is traced, part of the module's state."""
+    return nnx.data(value) if isinstance(value, jax.core.Tracer) else value
 
 
 def _parameter(
