@@ -302,11 +302,19 @@ DEVICE_GROUPS = {"axis_name": "data", "axis_index_groups": ((0, 1), (2, 3))}
 
 
 @pytest.mark.parametrize("as_type", [tuple, list, np.array])
-def test_a_converted_norm_keeps_its_groups_of_devices(as_type):
+def test_a_converted_norm_keeps_its_axis_and_its_groups_of_devices(as_type):
+    """Also in training, where there are no other devices to convert on."""
     groups = as_type([as_type(group) for group in DEVICE_GROUPS["axis_index_groups"]])
-    norm = nnx.BatchNorm(4, axis_name="data", axis_index_groups=groups, rngs=nnx.Rngs(0))
-    new = convert_batch_norm(nnx.Sequential(norm), ws=False, **GROUPS).layers[0].batch_norm
-    assert (new.axis_name, new.axis_index_groups) == ("data", ((0, 1), (2, 3)))
+    rngs = nnx.Rngs(0)
+    norm = nnx.BatchNorm(
+        4, axis=np.int64(-1), axis_name="data", axis_index_groups=groups, rngs=rngs
+    )
+    conv = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+    conv, new = convert_batch_norm(nnx.Sequential(conv, norm), X, **GROUPS).layers
+    assert isinstance(conv, bcn_flax.nnx.WSConv)
+    assert new.axis == -1
+    assert new.batch_norm.axis_name == "data"
+    assert new.batch_norm.axis_index_groups == DEVICE_GROUPS["axis_index_groups"]
 
 
 def test_the_bridges_keep_the_groups_of_devices():

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -253,7 +253,7 @@ def _batch_channel_norm(
             f"The statistics of a norm must be (num_features,), but they have {norm.mean.ndim} "
             "axes, as under nnx.vmap or nnx.scan. Convert one of the layers, and stack them then."
         )
-    if not isinstance(norm.axis, int):
+    if not isinstance(norm.axis, SupportsIndex):
         raise ValueError(f"The channel axis must be one integer, but axis={norm.axis!r}.")
     names = ("use_running_average", "axis", "epsilon", "dtype", "param_dtype", "axis_name")
     new = BatchChannelNorm(

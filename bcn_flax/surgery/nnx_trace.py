@@ -83,6 +83,7 @@ def trace(
             if flags or named.keys() - {"mask"}:
                 flagged.add(path)
             own = nnx.clone(self)
+            batch_norm_in(own).axis_name = None  # the devices take no part in this trace
             weights = _marked(batch_norm_in(own))
             foldable = folding.is_last_axis(self.axis, x.ndim)
             if evaluation and isinstance(self, nnx.BatchNorm):
