@@ -151,7 +151,8 @@ def batch_norm(
 @jax.jit
 def _standardize(m: Moments, learned: Affine, epsilon: Number, origin: Array | float) -> Affine:
     m = Moments(widen(m.mean), widen(m.var), origin=m.origin)
-    return chain(standardize(m, jnp.asarray(epsilon, m.var.dtype), origin), learned)
+    epsilon = jnp.asarray(epsilon, m.var.dtype)
+    return chain(standardize(m, epsilon, origin), learned)
 
 
 def channel_norm(m: Moments, learned: Affine, epsilon: ArrayLike) -> Affine:

@@ -20,6 +20,7 @@ import bcn_flax.linen
 import bcn_flax.models
 import bcn_flax.models.nnx
 import bcn_flax.nnx
+from bcn_flax import affine
 from bcn_flax.surgery.nnx import convert_batch_norm
 from parity_tests.laws import assert_identical
 
@@ -406,6 +407,18 @@ def test_a_vmapped_ensemble_is_each_of_its_members():
         jax.tree.map(close, (own[1], own[2:]), expected)
     kernels = variables["params"]["conv"]["kernel"]
     assert (kernels[0] != kernels[1]).any(), "each member has its own random numbers"
+
+
+def test_layers_are_composed_by_their_affine_maps():
+    """The core of `BatchChannelNorm`, as a user writes it with layers of NNX."""
+    layer, expected = build("BatchChannelNorm"), build("BatchChannelNorm")
+    m = affine.moments(X)
+    f = layer.batch_norm.affine(m, False, True)
+    g = layer.channel_norm.affine(affine.push(f, m))
+    y = affine.apply(affine.chain(f, g), X, origin=m.origin)
+    np.testing.assert_allclose(y, expected(X), rtol=1e-5, atol=1e-5)
+    same_map = expected.affine(m, use_running_average=True, update_stats=False)
+    assert_identical(same_map, layer.affine(m, True, False))
 
 
 # --- Copies and files -----------------------------------------------------------------------------

@@ -16,16 +16,16 @@ MUTANTS = (
     Mutant(
         "half-precision-gradient",
         NORMS,
-        "m = moments(x, layer.axis, mask, wide)",
-        "m = moments(x, layer.axis, mask)",
+        "m = moments(x, axis, mask, wide)",
+        "m = moments(x, axis, mask)",
         "The two parts of the input gradient are rounded to half precision before they are added.",
         hint="gradients in half precision",
     ),
     Mutant(
         "mask-ignored",
         NORMS,
-        "m = moments(x, layer.axis, mask, wide)",
-        "m = moments(x, layer.axis, None, wide)",
+        "m = moments(x, axis, mask, wide)",
+        "m = moments(x, axis, None, wide)",
         "Padding counts as data.",
         hint="BatchNorm: what a mask hides",
     ),
@@ -48,8 +48,8 @@ MUTANTS = (
     Mutant(
         "momentum-swapped",
         NORMS,
-        "mixed = momentum * widen(old) + rate * new",
-        "mixed = rate * widen(old) + momentum * new",
+        "mixed = old_weight * widen(old) + new_weight * new",
+        "mixed = new_weight * widen(old) + old_weight * new",
         "PyTorch's momentum in Flax's place, as in bonlime/pytorch-tools (issue 97).",
         hint="EstimatedBatchNorm linen float64",
     ),
@@ -233,8 +233,7 @@ MUTANTS = (
     Mutant(
         "channels-always-last",
         NORMS,
-        "    m = moments(x, layer.axis, mask, wide)\n"
-        "    return apply(to_affine(m), x, layer.axis, ",
+        "    m = moments(x, axis, mask, wide)\n    return apply(to_affine(m), x, axis, ",
         "    m = moments(x, -1, mask, wide)\n    return apply(to_affine(m), x, -1, ",
         "The argument `axis` is ignored.",
         hint="ChannelNorm: channels may lie",
