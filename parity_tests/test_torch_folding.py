@@ -22,6 +22,7 @@ from bcn_torch import (
     fold,
     recalibrate,
 )
+from bcn_torch.surgery.replacement import WSConv2dSame
 from bcn_torch.variants import WS
 from parity_tests.test_torch_conversion import ResNet, assert_equal, state_and_modes, trained
 from parity_tests.torch_surgery import SURGERY, Graph, bcn, conv, script
@@ -224,13 +225,21 @@ def test_folded_or_not_it_exports_and_the_export_computes_the_same(name, folding
     assert_close(exported(y), model(y), roundings=10)
 
 
+FOLDABLE = {
+    "resnet of torch": partial(ResNet, width=8),
+    "resnet of bcn": NETWORKS["resnet"],
+    "same": lambda: nn.Sequential(WSConv2dSame(3, 4, 3, 2), bcn()),
+}
+
+
 @pytest.mark.parametrize("through", [torch.fx.symbolic_trace, script], ids=["fx", "jit"])
-def test_a_folded_network_of_torch_can_be_traced_and_scripted(through):
+@pytest.mark.parametrize("make", FOLDABLE.values(), ids=FOLDABLE.keys())
+def test_a_folded_network_can_be_traced_and_scripted(make, through):
     torch.manual_seed(0)
-    model = trained(ResNet(width=8), 4, 3, 8, 8)
+    model = trained(make(), 4, 3, 8, 8)
     x = torch.randn(4, 3, 8, 8)
     folded = fold(model, x)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert not any(isinstance(m, (nn.BatchNorm2d, *OURS)) for m in folded.modules())
     assert_close(folded(x), model.eval()(x), roundings=20 * 50)
     assert_close(through(folded)(x), folded(x), roundings=10)
 

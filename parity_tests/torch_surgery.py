@@ -23,6 +23,7 @@ from bcn_torch import (
     fold,
     recalibrate,
 )
+from bcn_torch.surgery.replacement import Conv2dSame
 
 
 class Graph(nn.Module):
@@ -62,6 +63,17 @@ class FrozenBatchNorm2d(nn.Module):
         return x * scale + (bias - mean * scale)
 
 
+class Activated(nn.BatchNorm2d):
+    """As timm's `BatchNormAct2d`."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
 def with_forward(norm, last):
     """A norm of a class of its own, which does one thing more."""
 
@@ -71,6 +83,17 @@ def with_forward(norm, last):
 
     norm.__class__ = Norm
     return norm
+
+
+class Named(nn.Conv2d):
+    """Computes a convolution, and has another class."""
+
+
+class Same(nn.Conv2d):
+    """As timm's `Conv2dSame`."""
+
+    def forward(self, x):
+        return Conv2dSame._conv_forward(self, x, self.weight, self.bias)
 
 
 class AlwaysTraining(nn.BatchNorm2d):
@@ -98,7 +121,12 @@ OTHER_NORMS = {
     "3d": pair(3, nn.BatchNorm3d(4)),
     "sync": pair(2, nn.SyncBatchNorm(4)),
     "frozen": pair(2, FrozenBatchNorm2d(4, 0.3)),
-    "instance": pair(2, nn.InstanceNorm2d(4, track_running_stats=True)),
+    "with an activation": pair(2, Activated(4)),
+    "a subclass": (nn.Sequential(Named(4, 4, 1), nn.BatchNorm2d(4)), torch.randn(5, 4, 3, 3)),
+    "its own padding": (
+        nn.Sequential(Same(4, 4, 3, 2), nn.BatchNorm2d(4)),
+        torch.randn(5, 4, 6, 5),
+    ),
     "its own forward": pair(2, with_forward(nn.BatchNorm2d(4), lambda y: y + 0)),
 }
 
@@ -110,7 +138,8 @@ def check_fold(model, x):
         if tensor.is_floating_point():
             nn.init.uniform_(tensor, 0.5, 1.5)
     folded = fold(model, torch.zeros_like(x).double())
-    assert type(folded[1]) is nn.Identity
+    assert not isinstance(folded[1], type(model[1]))
+    assert type(folded[0]) is type(model[0])
     actual, expected = folded(x.double()), model.eval()(x.double())
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
 
@@ -124,7 +153,8 @@ UNFOLDED_NORMS = {
     "frozen, and a relu": with_forward(FrozenBatchNorm2d(4), torch.relu),
     "batch statistics": nn.BatchNorm2d(4, track_running_stats=False),
     "always training": AlwaysTraining(4),
-    "another epsilon": with_forward(FrozenBatchNorm2d(4), lambda y: y * (1 + 1e-4)),
+    "another scale": with_forward(FrozenBatchNorm2d(4), lambda y: y * 1.001),
+    "instance": nn.InstanceNorm2d(4, track_running_stats=True),
     "scripted": script(nn.BatchNorm2d(4).eval()),
 }
 
@@ -255,7 +285,17 @@ def check_read(read, folds, before):
     STORED.clear()
 
 
+class Rectified(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def of_a_class(m):
+    m.conv = Rectified(4, 4, 3)
+
+
 HOOKS = {
+    "a class of its own": of_a_class,
     "of the layer": lambda m: m.conv.register_forward_hook(lambda *_: None),
     "before the layer": lambda m: m.conv.register_forward_pre_hook(lambda *_: None),
     "of the norm": lambda m: m.norm.register_forward_hook(lambda *_: None),

@@ -1,6 +1,7 @@
 """Fold norms and standardized weights into plain weights."""
 
 import copy
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
@@ -8,22 +9,28 @@ from torch import Tensor, nn
 
 from bcn_torch.norms import BatchChannelNorm, BatchNorm, EstimatedBatchNorm
 from bcn_torch.surgery.flow import observe
+from bcn_torch.surgery.recognition import batch_norm_parts, may_be_batch_norm, plain_kind
 from bcn_torch.surgery.replacement import PLAIN, STANDARDIZED, copy_with, rebuild
 from bcn_torch.weight_standardization import WSLayer, standardize_weight
 
 LAYERS = (*STANDARDIZED, nn.Linear, *PLAIN)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (BatchNorm, EstimatedBatchNorm, BatchChannelNorm)
-# What a batch norm of another library has, whatever its class is.
-BATCH_NORM = ("running_mean", "running_var", "weight", "bias", "eps")
 
 
 class AffineMap(NamedTuple):
-    """A batch norm in evaluation, in float64: `scale * (x - mean) / deviation + shift`."""
+    """What a batch norm computes in evaluation: `scale * (x - mean) / deviation + shift`.
+
+    Attributes:
+        mean, deviation, scale, shift: in float64.
+        after: what comes then.
+    """
 
     mean: Tensor
     deviation: Tensor
     scale: Tensor
     shift: Tensor
+    after: nn.Module
 
 
 @torch.inference_mode(False)
@@ -43,10 +50,9 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
     `torch.nn.Identity`; of a `BatchChannelNorm` the `ChannelNorm` stays. The weights are computed
     in float64 and rounded once, to the weight's dtype.
 
-    Batch norms are `BatchNorm` and `EstimatedBatchNorm`, and every other module that has `weight`,
-    `bias`, `running_mean`, `running_var` and `eps` and in evaluation computes just the map above,
-    which is tried on random numbers: `torch.nn.BatchNorm2d` (1d, 3d, Sync), for example, or
-    torchvision's `FrozenBatchNorm2d`.
+    Layers and norms are known by what they do: with `torch.nn.BatchNorm2d` (1d, 3d, Sync) also
+    torchvision's `FrozenBatchNorm2d`, for example, or timm's `BatchNormAct2d`, whose drop and
+    activation stay. A class with a forward of its own is tried on random numbers.
 
     The model runs on the example once, in evaluation. A norm is folded if all its inputs are the
     very outputs of one layer, and nothing else reads these: no operation, also on a view of them,
@@ -83,9 +89,7 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
     flow = observe(model, example_inputs, _is_layer, _is_norm)
     found = flow.sole_readers()
     affine_maps = {
-        layer: affine_map
-        for layer, norm in found.items()
-        if (affine_map := _affine_map(norm, dim=layer.get_parameter("weight").dim()))
+        layer: affine_map for layer, norm in found.items() if (affine_map := _affine_map(norm))
     }
     replacements: dict[nn.Module, nn.Module] = {
         layer: _folded(layer, affine_maps.get(layer))
@@ -99,22 +103,21 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
             "alone uses the output of a convolution or linear layer, but on the example there was "
             "neither. Give an example on which every branch of the model runs."
         )
-    for layer in affine_maps:
-        norm = found[layer]
-        replacements[norm] = nn.Identity()
-        if isinstance(norm, BatchChannelNorm):
-            replacements[norm] = norm.channel_norm
+    replacements |= {found[layer]: affine_map.after for layer, affine_map in affine_maps.items()}
     return copy_with(replacements, model).eval()
 
 
 def _is_layer(module: nn.Module) -> bool:
+    if "weight" not in module._parameters or _is_hooked(module):
+        return False
     # A subclass may do more than the layer that it would become.
-    return type(module) in LAYERS and "weight" in module._parameters and not _is_hooked(module)
+    if isinstance(module, CONVOLUTIONS) and not isinstance(module, WSLayer):
+        return plain_kind(module) is not None
+    return type(module) in LAYERS
 
 
 def _is_norm(module: nn.Module) -> bool:
-    ours = type(module) in NORMS
-    return (ours or all(hasattr(module, name) for name in BATCH_NORM)) and not _is_hooked(module)
+    return (type(module) in NORMS or may_be_batch_norm(module)) and not _is_hooked(module)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -123,41 +126,25 @@ def _is_hooked(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in vars(module)
 
 
-def _affine_map(norm: Any, dim: int) -> AffineMap | None:
-    """The map that a norm of this library begins with, or that another one is, if it is one.
-
-    Args:
-        norm: has `BATCH_NORM`, if it is not of this library.
-        dim: of the norm's input.
-    """
+def _affine_map(norm: Any) -> AffineMap | None:
+    """What a norm computes; None if it is something else, or normalizes by the batch."""
+    after: nn.Module = nn.Identity()
     if isinstance(norm, BatchChannelNorm):
-        norm = norm.batch_norm
-    ours = isinstance(norm, BatchNorm)
-    names = ("exp_mean", "exp_var", "scale", "shift") if ours else BATCH_NORM[:4]
-    mean, var, scale, shift = (getattr(norm, name) for name in names)
-    if mean is None or var is None:
-        return None
-    deviation = (_exact(var) + norm.eps).sqrt()
-    affine_map = AffineMap(_exact(mean), deviation, _exact(scale, otherwise=1), _exact(shift))
-    return affine_map if ours or _computes(norm, affine_map, dim) else None
-
-
-def _computes(norm: nn.Module, affine_map: AffineMap, dim: int) -> bool:
-    """Whether a module computes this map and no more, tried on random numbers."""
-    mean, deviation, scale, shift = (
-        values.view(-1, *(1,) * (dim - 2)) if values.dim() else values for values in affine_map
-    )
-    generator = torch.Generator().manual_seed(0)
-    # Small and large deviations from the mean, because something may bound the output.
-    sizes = torch.logspace(-3, 3, 16, dtype=torch.float64).view(-1, *(1,) * (dim - 1))
-    shape = (len(sizes), len(affine_map.mean), *(2,) * (dim - 2))
-    x_hat = sizes * torch.randn(shape, generator=generator, dtype=torch.float64)
-    try:
-        y = copy.deepcopy(norm).to("cpu", torch.float64).eval()(mean + deviation * x_hat)
-    except Exception:  # Any code may fail on such values, or in another precision.
-        return False
-    expected = scale * x_hat + shift
-    return isinstance(y, Tensor) and y.shape == shape and torch.allclose(y, expected, 1e-6, 1e-6)
+        norm, after = norm.batch_norm, norm.channel_norm
+    if isinstance(norm, BatchNorm):
+        mean, var, scale, shift, eps = norm.exp_mean, norm.exp_var, norm.scale, norm.shift, norm.eps
+    else:
+        try:
+            parts = batch_norm_parts(norm)
+        except ValueError:
+            return None
+        if parts.mean is None or parts.var is None:
+            return None
+        mean, var, scale, shift, eps = parts.mean, parts.var, parts.weight, parts.bias, parts.eps
+        if parts.after:
+            after = nn.Sequential(OrderedDict(parts.after))
+    deviation = (_exact(var) + eps).sqrt()
+    return AffineMap(_exact(mean), deviation, _exact(scale, otherwise=1), _exact(shift), after)
 
 
 def _folded(layer: Any, affine_map: AffineMap | None) -> nn.Module:
@@ -167,7 +154,7 @@ def _folded(layer: Any, affine_map: AffineMap | None) -> nn.Module:
         gain = None if layer.gain is None else _exact(layer.gain)
         weight = standardize_weight(weight, layer.standardization, gain)
     if affine_map is not None:
-        mean, deviation, scale, shift = affine_map
+        mean, deviation, scale, shift, _ = affine_map
         # y = scale * (w x + b - mu_hat) / sqrt(sigma2_hat + eps) + shift
         factor = scale / deviation
         weight = factor.view(-1, *(1,) * (weight.dim() - 1)) * weight
@@ -177,7 +164,11 @@ def _folded(layer: Any, affine_map: AffineMap | None) -> nn.Module:
         return nn.Parameter(values.to(layer.weight), layer.weight.requires_grad)
 
     bias = None if bias is None else rounded(bias)
-    return rebuild(layer, PLAIN.get(type(layer), type(layer)), rounded(weight), bias)
+    if type(layer) in PLAIN:
+        return rebuild(layer, PLAIN[type(layer)], rounded(weight), bias)
+    new = copy.copy(layer)
+    new._parameters = {**layer._parameters, "weight": rounded(weight), "bias": bias}
+    return new
 
 
 def _exact(values: Tensor | None, otherwise: float = 0) -> Tensor:
