@@ -12,6 +12,7 @@ FLAX_SIDE = [
     "bcn_flax.interop.layouts",
     "bcn_flax.interop.matching",
     "bcn_flax.interop.naming",
+    "bcn_flax.interop.rules",
     "bcn_flax.interop.trees",
     "bcn_flax.linen",
     "bcn_flax.models.linen",

@@ -1,10 +1,12 @@
 """Errors list what does not match, with a way out; reports list what is assumed."""
 
+import ast
 import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from bcn_flax import interop
@@ -251,3 +253,93 @@ def test_paths_may_contain_the_name_of_a_wrapper_or_not():
     (report,) = reports
     assert "(I, O, *)" in report
     assert "from 1 channels" in report
+
+
+def test_names_of_modules_that_are_not_there_may_be_allowed():
+    names = {"fc": "block/0", "aux": "block/1"}
+    match = interop.match(at("fc"), BLOCK, names=names, strict=False)
+    assert {pair.module for pair in match.pairs} == {"fc"}
+    with pytest.raises(ValueError, match="'aux' is no module of the state_dict; strict=False"):
+        interop.variables_from_torch(at("fc"), BLOCK, names=names)
+    interop.variables_from_torch(at("fc"), BLOCK, names=names, strict=False)
+    interop.state_dict_from_variables(BLOCK, at("fc"), names=names, strict=False)
+
+
+def test_the_advice_names_the_layer_before_a_flatten():
+    """Of several layers whose features divide the inputs, the nearest image before."""
+    weights = layers(conv1=(8, 3, 3, 3), conv2=(4, 8, 3, 3), fc=(6, 72))
+    text = message(*alphabetical(weights))
+    assert "a multiple of the 4 features of 'conv2' or the 8 of 'conv1'" in text
+    assert "pass flattened={'fc': 4}; if none were, pass flattened={'fc': 72}" in text
+    # The features of a dense layer were never channels of images.
+    chain = layers(conv=(4, 3, 3, 3), fc=(12, 5), head=(2, 24))
+    assert "a multiple of the 4 features of 'conv'. If" in message(*chain)
+
+
+def norms(*names):
+    return {f"{name}.{leaf}": np.ones(4) for name in names for leaf in ("weight", "bias")}
+
+
+def places(*names):
+    leaves = {"scale": np.ones(4), "bias": np.ones(4)}
+    return {"params": unflatten_dict(dict.fromkeys(sorted(names), leaves), sep="/")}
+
+
+PROPOSED = {
+    "10 comes after 2": ({f"l{n}": f"block_{n}" for n in range(1, 13)}),
+    "three norms of a residual block": (
+        {"a.bn1": "b/norm1", "a.bn2": "b/norm2", "a.downsample.1": "b/downsample_norm"}
+    ),
+    "the last norm, by its word": (
+        {"f.0.norm": "stages_0/norm", "f.1.norm": "stages_1/norm", "classifier.0": "norm"}
+    ),
+    "the last norm, by its depth": (
+        {"a.0.x": "stages_0/n", "a.1.x": "stages_1/n", "classifier.0": "norm"}
+    ),
+}
+
+
+@pytest.mark.parametrize("names", PROPOSED.values(), ids=PROPOSED)
+def test_names_are_proposed_by_blocks_words_and_natural_order(names):
+    text = message(norms(*names), places(*names.values()))
+    assert ast.literal_eval(text.rpartition("names=")[2]) == names
+    assert text.count(f"# a guess: {len(names) - 1} more fit") == len(names)
+
+
+def test_blocks_are_proposed_as_a_whole():
+    """A norm of the blocks' shape is not one of theirs."""
+    blocks = {"features.0": "stages_0", "features.1": "stages_1"}
+    names = {
+        f"{block}.{part}": f"{place}/{name}"
+        for block, place in blocks.items()
+        for part, name in (("0", "dense"), ("1", "norm"))
+    }
+    names["classifier.0"] = "norm"
+    dense, norm = {"weight": np.ones((4, 4))}, {"weight": np.ones(4), "bias": np.ones(4)}
+    state_dict = {
+        f"{module}.{leaf}": x
+        for module, place in names.items()
+        for leaf, x in (dense if place.endswith("dense") else norm).items()
+    }
+    leaves = {"kernel": np.ones((4, 4))}, {"scale": np.ones(4), "bias": np.ones(4)}
+    like = {place: leaves[place.endswith("norm")] for place in sorted(names.values())}
+    text = message(state_dict, {"params": unflatten_dict(like, sep="/")})
+    assert ast.literal_eval(text.rpartition("names=")[2]) == names
+
+
+class Chain(nnx.Module):
+    """Its norms are defined in another order than that of their names."""
+
+    def __init__(self):
+        for name in ("stem", "body", "head"):
+            setattr(self, name, nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+
+
+def test_the_order_of_definition_in_an_nnx_module_counts():
+    text = message(norms("a", "b", "c"), Chain())
+    expected = {"a": "stem", "b": "body", "c": "head"}
+    assert ast.literal_eval(text.rpartition("names=")[2]) == expected
+
+
+def test_one_candidate_is_no_guess():
+    assert "guess" not in message(at("a"), variables("b"))

@@ -218,17 +218,9 @@ def lstm_match():
     return module, rnn, interop.match(module, shapes(rnn, X), CELL)
 
 
-def test_gradients_of_fused_tensors_are_converted():
-    """That of a sum is that of its first term, not the sum of both."""
-    module, rnn, match = lstm_match()
-    module(torch.from_numpy(X))[0].square().sum().backward()
-    expected = jax.grad(lambda v: (rnn.apply(v, X) ** 2).sum())(match.to_flax(module))
-    gradients = {name: p.grad for name, p in module.named_parameters()}
-    converted = match.to_flax(gradients, partial=True, gradients=True)
-    jax.tree.map(
-        lambda a, b: assert_close(a, b, ulps=roundings(200), dtype=np.float32), converted, expected
-    )
-    assert_same_state(match.to_torch(converted, partial=True, gradients=True), gradients)
+@pytest.mark.parametrize("name", [name for name in weights.CHECKS if name.startswith("weights:")])
+def test_a_check_of_the_mutants(name):
+    weights.CHECKS[name]()
 
 
 def test_partial_values_of_a_sum_must_be_declared():

@@ -1,10 +1,13 @@
 """Checks of the conversion of weights that the mutants run too."""
 
+import ast
+
 import jax
 import numpy as np
 import torch
 from flax import linen as nn
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from bcn_flax import interop
 from bcn_flax.parity.errors import roundings
@@ -105,6 +108,80 @@ def assert_gpt2_converts():
     assert "c_attn.weight[:, 8:16]" in str(match)
 
 
+def assert_gradients_convert():
+    """That of a sum of two tensors is that of the first one."""
+    module, x = torch.nn.LSTM(3, 4, batch_first=True), normal((2, 5, 3))
+    rnn = nn.RNN(nn.OptimizedLSTMCell(4))
+    match = interop.match(module, shapes(rnn, x), {"": "cell"})
+    module(torch.from_numpy(x))[0].square().sum().backward()
+    expected = jax.grad(lambda v: (rnn.apply(v, x) ** 2).sum())(match.to_flax(module))
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    converted = match.to_flax(gradients, partial=True, gradients=True)
+    jax.tree.map(
+        lambda a, b: assert_close(a, b, ulps=roundings(200), dtype=np.float32), converted, expected
+    )
+    assert_same_state(match.to_torch(converted, partial=True, gradients=True), gradients)
+
+
+def message(*weights, **arguments):
+    """The error of a match, or the report."""
+    try:
+        return str(interop.match(*weights, **arguments))
+    except ValueError as error:
+        return str(error)
+
+
+def kernels(**weights):
+    """Weights of PyTorch's shapes and the corresponding Flax variables."""
+    state_dict = {f"{name}.weight": np.ones(w, np.float32) for name, w in weights.items()}
+    like = {
+        name: {"kernel": np.ones((*window, i, o), np.float32)}
+        for name, (o, i, *window) in weights.items()
+    }
+    return state_dict, {"params": like}
+
+
+def assert_names_are_proposed():
+    numbers = {f"l{n}": f"block_{n}" for n in range(1, 13)}
+    norms = {"a.bn1": "b/norm1", "a.bn2": "b/norm2", "a.downsample.1": "b/downsample_norm"}
+    for names in (numbers, norms):
+        state_dict = {f"{name}.weight": np.ones(4) for name in names}
+        like = {place: {"scale": np.ones(4)} for place in sorted(names.values())}
+        text = message(state_dict, {"params": unflatten_dict(like, sep="/")})
+        assert ast.literal_eval(text.rpartition("names=")[2]) == names
+        assert text.count("a guess") == len(names)
+
+
+def assert_names_are_found():
+    kernel = np.ones((2, 2))
+    like = {"params": {"a": {"dense": {"kernel": kernel}, "top": {"kernel": kernel}}}}
+    state_dict = {"net.fc.weight": kernel, "net.head.weight": kernel}
+    names = {"net": "a", "net.fc": "a/dense", "net.head": "a/top"}
+    pairs = interop.match(state_dict, like, {**names, "aux": "b"}, strict=False).pairs
+    assert {pair.module: "/".join(pair.path[1:-1]) for pair in pairs} == {
+        "net.fc": "a/dense",
+        "net.head": "a/top",
+    }
+    assert "names: 'aux' is no module" in message(state_dict, like, {**names, "aux": "b"})
+
+
+def assert_facts_are_asked_for():
+    images = kernels(conv1=(8, 3, 3, 3), conv2=(4, 8, 3, 3), fc=(6, 72))
+    images = dict(sorted(images[0].items())), images[1]
+    assert "pass flattened={'fc': 4}; if none were" in message(*images)
+    assert "from 8 channels first to last" in message(*images, flattened={"fc": 8})
+    dense = kernels(conv=(4, 3, 3, 3), fc=(12, 5), head=(2, 24))
+    assert "a multiple of the 4 features of 'conv'. If" in message(*dense)
+    square = kernels(a=(4, 4, 3, 3))
+    assert "flipped" not in message(*square, transposed={"a": None})
+    module = torch.nn.ModuleDict({"a": torch.nn.Conv2d(4, 4, 3, bias=False)})
+    contradiction = "PyTorch's module says transposed=False, `transposed` says transposed=True"
+    assert contradiction in message(module, square[1], transposed={"a": True})
+    parts = {"query": {"kernel": np.ones((2, 2))}, "key": {"kernel": np.ones((2, 2))}}
+    text = message({"in_proj_weight": np.ones((6, 2))}, {"params": parts})
+    assert "its parts in Flax take 4 of 6 along axis 0" in text
+
+
 CHECKS = {
     "weights of an LSTM": lambda: assert_recurrent_converts(
         torch.nn.LSTM(3, 4, batch_first=True), nn.OptimizedLSTMCell(4), "bias_ih"
@@ -114,4 +191,8 @@ CHECKS = {
     ),
     "weights of an attention": lambda: assert_attention_converts(bias=True),
     "weights of GPT-2": assert_gpt2_converts,
+    "weights: gradients": assert_gradients_convert,
+    "weights: proposed names": assert_names_are_proposed,
+    "weights: given names": assert_names_are_found,
+    "weights: facts": assert_facts_are_asked_for,
 }

@@ -28,6 +28,12 @@ Names and layouts correspond by these rules:
 | `batch_norm/{scale,bias,mean,var}`       | the authors' `bn.` or `pbn.` and PyTorch's names   |
 | `channel_norm/{scale,bias}` beside it    | the authors' `weight`, `bias`, `(1, groups, 1)`    |
 | nothing                                  | `num_batches_tracked`, `estbn_moving_speed`        |
+| LSTM, GRU, simple cell:                  | part of `weight_ih`, `weight_hh`, such as          |
+| `ii/kernel`, `hn/kernel`                 | `weight_ih_l0[0:4]`; `lstm.l0` is a module         |
+| - their bias                             | part of `bias_ih` and of `bias_hh`, added          |
+| attention: `query/kernel`, `key`, `value`| part of `in_proj_weight` or `qkv.weight`, or       |
+| `(in, heads, size)`                      | `q_proj.weight`, `query.weight`                    |
+| - `out/kernel`, `(heads, size, out)`     | `out_proj.weight`, `proj.weight`                   |
 
 Some facts are shown neither by names nor by shapes: which dense layers follow a flatten, and the
 `transpose_kernel` of a transposed convolution with as many inputs as outputs. They must be given,
@@ -51,13 +57,37 @@ of Flax. A transposed convolution of PyTorch with a window of `k` and
 `padding=[(d * (k - 1) - p, d * (k - 1) - p + q)]`; with `p = q = 0` and `stride <= k`, that is also
 `"VALID"`.
 
-Kernels whose features have several axes, those of `DenseGeneral` and attention, are misshapen by
-these rules. For them, and for other names, pass `rules` of your own: a parameter `w` that is the
-`weight` of PyTorch, with the layouts of a kernel, is
+PyTorch's LSTM and GRU add two biases where Flax has one. Their sum is converted, and returns as the
+first one, the other being zero. In training, PyTorch's two move twice as fast as Flax's one, so
+that `bcn_flax.parity` finds a difference unless one of them is not trained. `GRUCell` of NNX has no
+bias for the last gate of the hidden state: leave `bias_hh`, of zeros, out of the `state_dict`.
+
+For other names and layouts pass `rules` of your own. A parameter `w` that is the `weight` of
+PyTorch, with the layouts of a kernel, is
 
     rules = {**RULES, ("params", "w"): Rule(("weight",), kernel)}
 
-and `bcn_flax.parity` shows a function with layouts of its own, for attention.
+A key may have more of the path, and then names are seen from the module around. With `part`, a leaf
+is only a part of the tensor. In GPT-2, one `Conv1D`, whose weight is `(in, out)`, makes queries,
+keys and values, side by side along axis 1:
+
+    >>> import numpy as np
+    >>> parts = enumerate(["query", "key", "value"])
+    >>> rules = {
+    ...     **RULES,
+    ...     **{
+    ...         ("params", name, "kernel"): Rule(("c_attn.weight",), untransposed, part=n, axis=1)
+    ...         for n, name in parts
+    ...     },
+    ... }
+    >>> like = {name: {"kernel": np.ones((8, 2, 4))} for name in ("query", "key", "value")}
+    >>> found = match({"c_attn.weight": np.ones((8, 24))}, {"params": like}, rules=rules)
+    >>> print(found)
+    c_attn.weight[:, 0:8]    (8, 8)  ->  params/query/kernel  (8, 2, 4)  reshaped
+    c_attn.weight[:, 8:16]   (8, 8)  ->  params/key/kernel    (8, 2, 4)  reshaped
+    c_attn.weight[:, 16:24]  (8, 8)  ->  params/value/kernel  (8, 2, 4)  reshaped
+
+`bcn_flax.parity` shows a function with layouts of its own.
 
 PyTorch is imported only to read and write its files: its tensors convert themselves.
 """
@@ -124,6 +154,7 @@ def variables_from_torch(
     transposed: Transposed = (),
     flattened: Flattened | None = None,
     rules: Rules = RULES,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Flax variables with the values of a PyTorch `state_dict`.
 
@@ -142,12 +173,13 @@ def variables_from_torch(
         transposed: which convolutions are transposed.
         flattened: how many channels were flattened before a dense layer.
         rules: which leaf has which names and layouts.
+        strict: whether `names` must hold no entries for modules that are not there.
 
     Raises:
         ValueError: a tensor is missing, unexpected, misshapen or ambiguous; the message lists all
             of them.
     """
-    return match(source, like, names, transposed, flattened, rules).to_flax(source)
+    return match(source, like, names, transposed, flattened, rules, strict).to_flax(source)
 
 
 def module_from_torch(
@@ -158,6 +190,7 @@ def module_from_torch(
     transposed: Transposed = (),
     flattened: Flattened | None = None,
     rules: Rules = RULES,
+    strict: bool = True,
 ) -> ModuleT:
     """An NNX module with the values of a PyTorch `state_dict`.
 
@@ -177,6 +210,7 @@ def module_from_torch(
         transposed: which convolutions are transposed.
         flattened: how many channels were flattened before a dense layer.
         rules: which leaf has which names and layouts.
+        strict: whether `names` must hold no entries for modules that are not there.
 
     Raises:
         ValueError: a tensor is missing, unexpected, misshapen or ambiguous; the message lists all
@@ -187,7 +221,7 @@ def module_from_torch(
             f"`like` must be an NNX module, but it is of type {type(like).__name__}. For linen's "
             "variables there is variables_from_torch."
         )
-    found = match(source, like, names, transposed, flattened, rules)
+    found = match(source, like, names, transposed, flattened, rules, strict)
     return module_with(like, found.to_flax(source))
 
 
@@ -199,6 +233,7 @@ def state_dict_from_variables(
     transposed: Transposed = (),
     flattened: Flattened | None = None,
     rules: Rules = RULES,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """A PyTorch `state_dict` with the values of Flax variables.
 
@@ -216,9 +251,10 @@ def state_dict_from_variables(
         transposed: which convolutions are transposed.
         flattened: how many channels were flattened before a dense layer.
         rules: which leaf has which names and layouts.
+        strict: whether `names` must hold no entries for modules that are not there.
 
     Raises:
         ValueError: a tensor is missing, unexpected, misshapen or ambiguous; the message lists all
             of them.
     """
-    return match(like, variables, names, transposed, flattened, rules).to_torch(variables)
+    return match(like, variables, names, transposed, flattened, rules, strict).to_torch(variables)

@@ -213,6 +213,7 @@ def match(
     transposed: Transposed = (),
     flattened: Flattened | None = None,
     rules: Rules = RULES,
+    strict: bool = True,
 ) -> Match:
     """Match each tensor of PyTorch with a leaf of Flax's variables.
 
@@ -240,6 +241,8 @@ def match(
         flattened: for each dense layer that follows a flatten, by its path in PyTorch, the number
             of channels that were flattened; its number of inputs, if there were no images.
         rules: which leaf has which names and layouts.
+        strict: whether `names` must hold no entries for modules that are not there, as it would
+            for several versions of a model.
 
     Raises:
         ValueError: a tensor is missing, unexpected, misshapen, of another kind of number, or
@@ -266,7 +269,7 @@ def match(
     refuse(
         proposal.name_hints(found, better)
         + "The state_dict and the Flax variables must match, tensor by tensor, but:",
-        naming.name_errors(found, better, tied.keys() | skipped) + errors,
+        naming.name_errors(found, better, tied.keys() | skipped, strict) + errors,
         "Build both models with the same configuration, or pass `names` to say where in Flax a "
         "module of PyTorch is." + proposal.name_proposal(found, proposed),
     )

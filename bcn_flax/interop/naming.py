@@ -93,14 +93,14 @@ class Renames(NamedTuple):
                 return [*filter(None, place.split("/")), *parts[n:]]
         return parts
 
-    def errors(self, leaves: Iterable[Path]) -> list[str]:
+    def errors(self, leaves: Iterable[Path], strict: bool) -> list[str]:
         """One line for each entry that names no module, or puts dots into Flax's path."""
         dots = any("." in component for path in leaves for component in path)
         return [
             *(
-                f"names: {path!r} is no module of the state_dict"
+                f"names: {path!r} is no module of the state_dict; strict=False allows that"
                 for path in self.paths
-                if path and not self.has(path)
+                if strict and path and not self.has(path)
             ),
             *(
                 f'names: {place!r}, for {path!r}, has dots; paths of Flax take "/", as in '
@@ -194,19 +194,22 @@ def match_names(
     return NameMatch(tensors, leaves, renames, rules, (*chain(*in_order),), missing, ambiguous)
 
 
-def name_errors(found: NameMatch, better: NameMatch, accounted: Collection[str]) -> list[str]:
+def name_errors(
+    found: NameMatch, better: NameMatch, accounted: Collection[str], strict: bool
+) -> list[str]:
     """One line for each group of tensors or leaves that have no counterpart, or several.
 
     Args:
         found: by the names that the caller gave.
         better: the same, or by better names: what these match is summed up in one line.
         accounted: the tensors that need no leaf.
+        strict: whether `names` must hold no entries for modules that are not there.
     """
     left = [key for key in found.tensors if key not in better.keys and key not in accounted]
     gained = len(better.keys) - len(found.keys)
     return [
         *found.ambiguous,
-        *found.renames.errors(found.leaves),
+        *found.renames.errors(found.leaves, strict),
         *_missing(better),
         *_unexpected(found, left),
         *([f"under other names: {gained} tensors that fit leaves of Flax"] if gained else []),

@@ -203,17 +203,17 @@ class _Alignment(NamedTuple):
     def _one_by_one(
         self, chosen: dict[str, str], modules: Sequence[str], places: Sequence[str]
     ) -> None:
-        """Choose for the modules that have no place yet: the most similar names first."""
-        start, flax_start = _common(modules, "."), _common(places, "/")
+        """Choose for the modules that have no place yet: similar names first, then equal depths."""
         free = [place for place in places if place not in chosen.values()]
         left = [module for module in modules if module not in chosen]
-        words = {m: _words(m.split(".")[start:]) for m in left}
-        flax_words = {p: _words(p.split("/")[flax_start:]) for p in free}
+        words = {name: _words(re.split("[./]", name)) for name in [*left, *free]}
+        depths = {name: len(canonical(filter(None, re.split("[./]", name)))) for name in words}
         possible = [(m, p) for m in left for p in free if self.fit(m, p)]
 
-        def unlike(pair: tuple[str, str]) -> float:
-            ours, theirs = words[pair[0]], flax_words[pair[1]]
-            return -len(ours & theirs) / max(len(ours | theirs), 1)
+        def unlike(pair: tuple[str, str]) -> tuple[float, int]:
+            (module, place), both = pair, [words[name] for name in pair]
+            alike = len(both[0] & both[1]) / max(len(both[0] | both[1]), 1)
+            return -alike, abs(depths[module] - depths[place])
 
         for module, place in sorted(possible, key=unlike):
             if module not in chosen and place not in chosen.values():
@@ -231,16 +231,10 @@ def _blocks(names: Sequence[str], separator: str) -> list[list[str]]:
     return sorted(inner.values(), key=len, reverse=True)
 
 
-def _common(names: Sequence[str], separator: str) -> int:
-    """How many components all names begin with."""
-    columns = zip(*(name.split(separator)[:-1] for name in names), strict=False)
-    return sum(1 for _ in takewhile(lambda column: len({*column}) == 1, columns))
-
-
-def _words(components: Iterable[str]) -> set[str]:
-    """The words in a name, the same for the same thing, without numbers."""
-    spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", " ".join(components))
-    words = re.findall(r"[a-z]+", spaced.lower().replace("batch norm", "norm"))
+def _words(path: Iterable[str]) -> set[str]:
+    """The words in a module's name, the same for the same thing, without numbers."""
+    name = next((part for part in reversed([*path]) if not part.isdecimal()), "")
+    words = re.findall(r"[a-z]+", name.lower())
     return {_WORDS.get(word, word) for word in words}
 
 

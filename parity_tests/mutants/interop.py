@@ -4,6 +4,13 @@ from parity_tests.mutants.mutant import Mutant
 
 LAYOUTS = "bcn_flax/interop/layouts.py"
 
+LAYERS = "bcn_flax/interop/layers.py"
+MATCHING = "bcn_flax/interop/matching.py"
+NAMING = "bcn_flax/interop/naming.py"
+PAIRS = "bcn_flax/interop/pairs.py"
+PROPOSAL = "bcn_flax/interop/proposal.py"
+RULES = "bcn_flax/interop/rules.py"
+
 MUTANTS = (
     Mutant(
         "kernel-not-transposed",
@@ -53,5 +60,141 @@ MUTANTS = (
         "PyTorch flattens channels first, Flax channels last: the weights that follow must be "
         "reordered.",
         hint="upsampler",
+    ),
+    Mutant(
+        "lstm-gates-exchanged",
+        RULES,
+        '["ii", "if", "ig", "io"]',
+        '["ii", "ig", "if", "io"]',
+        "The forget gate and the cell's update are taken for each other.",
+        hint="weights of an LSTM",
+    ),
+    Mutant(
+        "gru-gates-exchanged",
+        RULES,
+        '["ir", "iz", "in"]',
+        '["iz", "ir", "in"]',
+        "The reset and the update gate are taken for each other.",
+        hint="weights of a GRU",
+    ),
+    Mutant(
+        "queries-for-keys",
+        RULES,
+        '("query", "key", "value")',
+        '("key", "query", "value")',
+        "Queries and keys are taken for each other.",
+        hint="weights of an attention",
+    ),
+    Mutant(
+        "second-bias-lost",
+        LAYOUTS,
+        "if len(terms) == 1:",
+        "if terms:",
+        "Of PyTorch's two biases only one arrives.",
+        hint="weights of an LSTM",
+    ),
+    Mutant(
+        "bias-returned-twice",
+        MATCHING,
+        "np.zeros_like(x) if pair.added and not gradients else x",
+        "x",
+        "Flax's bias becomes both of PyTorch's, which are added.",
+        hint="weights of an LSTM",
+    ),
+    Mutant(
+        "gradient-of-a-sum-doubled",
+        MATCHING,
+        "if not (gradients and pair.added)",
+        "if pair.key",
+        "The gradients of both biases are added, though each is that of the sum.",
+        hint="weights: gradients",
+    ),
+    Mutant(
+        "parts-from-the-start",
+        PAIRS,
+        "Part(axis, stop - int(n), stop)",
+        "Part(axis, 0, int(n))",
+        "Each part of a fused tensor is the first one.",
+        hint="weights of an attention",
+    ),
+    Mutant(
+        "parts-along-the-first-axis",
+        PAIRS,
+        "(*[slice(None)] * self.axis, slice(self.start, self.stop))",
+        "(slice(self.start, self.stop),)",
+        "The axis along which parts lie is ignored.",
+        hint="weights of GPT-2",
+    ),
+    Mutant(
+        "parts-need-not-fill-the-tensor",
+        PAIRS,
+        "if sum(sizes) != size or",
+        "if",
+        "A missing part passes unnoticed.",
+        hint="weights: facts",
+    ),
+    Mutant(
+        "only-layer-has-a-name",
+        NAMING,
+        "if len(layers[network]) == 1 and",
+        "if len(layers[network]) != 1 and",
+        "The only layer of a recurrent network is not the network.",
+        hint="weights of an LSTM",
+    ),
+    Mutant(
+        "numbers-sorted-as-text",
+        NAMING,
+        "int(part) if part.isdecimal() else part",
+        "part",
+        "Layer 10 comes before layer 2.",
+        hint="weights: proposed names",
+    ),
+    Mutant(
+        "shortest-name-first",
+        NAMING,
+        "range(len(parts), -1, -1)",
+        "range(len(parts) + 1)",
+        "The entry of a module around a module beats its own.",
+        hint="weights: given names",
+    ),
+    Mutant(
+        "absent-names-always-refused",
+        NAMING,
+        "if strict and path and",
+        "if path and",
+        "The argument strict does nothing.",
+        hint="weights: given names",
+    ),
+    Mutant(
+        "unlike-names-first",
+        PROPOSAL,
+        "return -alike,",
+        "return alike,",
+        "Modules get the places with the least similar names.",
+        hint="weights: proposed names",
+    ),
+    Mutant(
+        "farthest-layer-flattened",
+        LAYERS,
+        "for n in reversed(fitting)",
+        "for n in fitting",
+        "The advice about a flatten names the first layer that fits, not the nearest.",
+        hint="weights: facts",
+    ),
+    Mutant(
+        "ordinary-convolution-transposed",
+        LAYERS,
+        "LayerFacts(flag is not None, flag)",
+        "LayerFacts(True, flag)",
+        "A convolution that is given as ordinary is taken for a transposed one.",
+        hint="weights: facts",
+    ),
+    Mutant(
+        "contradiction-unnoticed",
+        LAYERS,
+        "if len({*known.values()}) > 1:",
+        "if len({*known.values()}) > 2:",
+        "The last source wins where two contradict each other.",
+        hint="weights: facts",
     ),
 )
