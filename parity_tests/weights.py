@@ -173,7 +173,7 @@ def assert_facts_are_asked_for():
     dense = kernels(conv=(4, 3, 3, 3), fc=(12, 5), head=(2, 24))
     assert "a multiple of the 4 features of 'conv'. If" in message(*dense)
     square = kernels(a=(4, 4, 3, 3))
-    assert "flipped" not in message(*square, transposed={"a": None})
+    assert "transposed (O, I, *) -> (*, I, O)" in message(*square, transposed={"a": None})
     module = torch.nn.ModuleDict({"a": torch.nn.Conv2d(4, 4, 3, bias=False)})
     contradiction = "PyTorch's module says transposed=False, `transposed` says transposed=True"
     assert contradiction in message(module, square[1], transposed={"a": True})
