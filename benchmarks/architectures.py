@@ -21,7 +21,7 @@ another one, so that what only fits the example shows. A result is wrong, and is
 - `torch.fx` traces the original, but not what has become of it.
 """
 
-from timing import report  # isort: skip  # sets up the environment, so it comes first
+from timing import report, store  # isort: skip  # sets up the environment, so it comes first
 
 import argparse
 import copy
@@ -61,7 +61,7 @@ from torchvision.models.detection.backbone_utils import (  # noqa: E402
 # By the length of the images' sides
 TORCHVISION = {
     64: """
-        resnet18 resnet50 resnext50_32x4d vgg11_bn vgg11 alexnet densenet121 mobilenet_v2
+        resnet18 resnet50 vgg11_bn densenet121 mobilenet_v2
         mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_v2_s regnet_x_400mf
         regnet_y_400mf shufflenet_v2_x0_5 mnasnet0_5 googlenet squeezenet1_1 convnext_tiny swin_t
     """,
@@ -73,22 +73,22 @@ SEGMENTATION = (
 VIDEO = "r3d_18 mc3_18 r2plus1d_18"
 TIMM = {
     64: """
-        resnet18 resnet26d resnet50_clip resnetaa50 resnetblur18 resnetrs50 ecaresnet26t
-        gcresnet33ts seresnext26ts legacy_seresnet18 skresnet18 res2net50_14w_8s resnest14d
+        resnet18 resnet26d resnet50_clip resnetaa50 resnetblur18 ecaresnet26t
+        seresnext26ts legacy_seresnet18 skresnet18 res2net50_14w_8s resnest14d
         resnetv2_50 resnetv2_50x1_bit rexnet_100 rexnetr_100 hrnet_w18_small dla34 dla60_res2net
-        dpn48b dpn68 cspresnet50 cspdarknet53 cs3darknet_s darknet17 vovnet39a ese_vovnet19b_dw
+        dpn48b cspresnet50 cspdarknet53 cs3darknet_s darknet17 vovnet39a ese_vovnet19b_dw
         ghostnet_050 ghostnetv2_100 ghostnetv3_050 efficientnet_b0 efficientnet_es
         efficientnet_cc_b0_4e efficientnetv2_rw_t tf_efficientnet_b0 tf_efficientnetv2_b0
-        tf_efficientnet_lite0 tf_mobilenetv3_small_100 tf_mixnet_s mixnet_s mobilenetv2_050
-        mobilenetv3_small_050 mobilenetv4_conv_small semnasnet_075 spnasnet_100 mnasnet_small
+        tf_mobilenetv3_small_100 tf_mixnet_s mixnet_s mobilenetv2_050
+        mobilenetv3_small_050 mobilenetv4_conv_small spnasnet_100
         lcnet_050 tinynet_e hardcorenas_a fbnetc_100 fbnetv3_b regnetx_002 regnety_002 regnetv_040
         regnetz_005 gernet_s repvgg_a0 repghostnet_050 repvit_m0_9 mobileone_s0 nf_regnet_b0
-        eca_nfnet_l0 xception41 xception41p legacy_xception selecsls42 densenetblur121d vgg11_bn
+        eca_nfnet_l0 xception41p legacy_xception selecsls42 densenetblur121d
         tresnet_m hgnetv2_b0 convmixer_768_32 convnext_atto edgenext_xx_small fastvit_t8
         fasternet_t0 mobilevit_xxs mobilevitv2_050 efficientvit_b0 shvit_s1 starnet_s050
         swiftformer_xs efficientformerv2_s0 poolformer_s12
     """,
-    96: "inception_v3 inception_v4 inception_resnet_v2",
+    96: "inception_v3 inception_v4",
 }
 # Those whose parts depend on the size of the image, which is given when they are made
 TIMM_SIZED = {
@@ -441,21 +441,23 @@ def main() -> None:
         metavar="SECONDS",
         help="of the processor, for each architecture (default: %(default)g)",
     )
-    parser.add_argument("--workers", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="(default: %(default)s)")
     arguments = parser.parse_args()
     chosen = [
         architecture
         for architecture in architectures()
         if not arguments.names or any(part in architecture.name for part in arguments.names)
     ]
-    outcomes = []
-    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+    outcomes: list[Outcome] = []
+    rows: list[list[str | float]] = []
+    with ProcessPoolExecutor(arguments.workers, get_context("fork")) as pool:
         for outcome in pool.map(partial(tried, limit=arguments.limit), chosen):
-            outcomes.append(outcome)
             outcome.cells["conversion"] = outcome.conversion
             print("{architecture}: {conversion}".format(**outcome.cells), file=sys.stderr)
-    rows = [[outcome.cells.get(column, "") for column in HEADER] for outcome in outcomes]
-    title = f"{len(rows)} architectures of torchvision and timm: {summary(outcomes)}"
+            outcomes.append(outcome)
+            rows.append([outcome.cells.get(column, "") for column in HEADER])
+            title = f"{len(rows)} architectures of torchvision and timm: {summary(outcomes)}"
+            store("architectures", title, HEADER, rows)
     report("architectures", title, HEADER, rows)
     sys.exit(any(outcome.complaints for outcome in outcomes))
 
