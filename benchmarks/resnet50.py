@@ -25,7 +25,7 @@ STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, and their inner chan
 WIDER = 4  # a block's output has this many times its inner channels
 KEPT = jax.checkpoint_policies.save_only_these_names(MOMENTS)
 # The batch sizes to try; the compiler for TPUs takes minutes for each.
-BATCHES = {"h100": range(1024, 3072, 64), "v5e": range(128, 832, 64)}
+BATCHES = {"h100": range(1024, 3072, 64), "v5e": range(256, 1536, 128)}
 
 
 class Unit(nn.Module):
