@@ -8,7 +8,7 @@ DEVICES = 8
 
 # A flag for XLA. A device that waits longer than this for the others ends the process. By default
 # it is 40 seconds, which a busy machine exceeds.
-PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=200"
 
 # Flags for XLA. LLVM's optimizations take most of the time, and after them the emitters of fused
 # kernels, which can be replaced by a simpler one before JAX 0.11.
@@ -23,7 +23,8 @@ def prepare() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     # A device that waits for the others blocks a thread. XLA has one thread per core, or as many as
-    # this sets. With fewer threads than devices, the devices may wait for each other forever.
-    os.environ.setdefault("NPROC", str(DEVICES))
+    # this sets. If the waiting devices block all of them, none is left for the convolution of the
+    # last device, which several threads compute, and the devices wait forever.
+    os.environ.setdefault("NPROC", str(2 * DEVICES))
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENT}"
     jax.config.update("jax_numpy_rank_promotion", "raise")
