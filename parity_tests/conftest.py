@@ -43,7 +43,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """
     if collection_path.suffix != ".py":
         return None
-    needs = re.findall(r"^pytestmark = .*mark\.(\w+)", collection_path.read_text(), re.M)
+    needs = re.findall(
+        r"^pytestmark = \[?\s*pytest\.mark\.(\w+)", collection_path.read_text(), re.M
+    )
     expression = config.option.markexpr
     without_torch = "torch" in needs and "not torch" in expression
     return without_torch or ("accelerators" in needs and expression != "accelerators") or None
