@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 # squares: 1e4 ulps of its terms, with room for the number of terms.
 ULPS = 1e5
 
-# Few shapes, of any rank and with sizes of 1 and odd ones: every new one is compiled anew.
+# Few shapes, of any rank and with sizes of 1 and odd ones: every new one is compiled.
 SHAPES = [(1, 1), (5, 2), (2, 5, 1), (1, 2, 5), (5, 1, 2, 2), (2, 5, 2, 5), (2, 2, 1, 5, 2)]
 seeds = st.integers(0, 2**32 - 1)
 

@@ -323,13 +323,6 @@ class Scaled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
-class PadsBefore(TimmConv2dSame):
-    """Puts the odd zero first."""
-
-    def forward(self, x):
-        return super().forward(x.flip(2, 3)).flip(2, 3) if self.stride == (1, 1) else x
-
-
 CONVOLUTIONS = {
     "same": (lambda: TimmConv2dSame(4, 8, 3, stride=2), WSConv2dSame, (7, 8)),
     "same, other arguments": (

@@ -114,7 +114,7 @@ MUTANTS = (
         hint="WSDense linen float64",
     ),
     Mutant(
-        "nan-poisons-the-statistics",
+        "nan-enters-the-statistics",
         NORMS,
         "usable = jnp.isfinite(mean) & jnp.isfinite(var)",
         "usable = jnp.ones_like(mean, dtype=bool)",

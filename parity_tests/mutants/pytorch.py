@@ -111,7 +111,7 @@ MUTANTS = (
         hint="EstimatedBatchNorm linen float64",
     ),
     Mutant(
-        "torch-nan-poisons-the-statistics",
+        "torch-nan-enters-the-statistics",
         TORCH_NORMS,
         "finite = mu.isfinite() & sigma2.isfinite()",
         "finite = torch.ones_like(mu, dtype=torch.bool)",
