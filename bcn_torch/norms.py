@@ -8,18 +8,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.jit import is_scripting  # type: ignore[attr-defined]
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bcn_torch import checks
 from bcn_torch.precision import widen
 from bcn_torch.tracing import one_node
 
 RunningVariance = Literal["biased", "unbiased", "around_running_mean"]
+# What a batch norm of PyTorch has and one of this library has not.
+_OF_PYTORCH = ("num_features", "weight", "bias", "running_mean", "running_var")
 
 
 class _Norm(nn.Module):
@@ -29,7 +32,7 @@ class _Norm(nn.Module):
     shift: Tensor | None
 
     def __init__(self, channels: int, size: int, eps: float, affine: bool) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         checks.require_channel_count(channels)
         checks.require_eps(eps)
         self.channels = channels
@@ -48,7 +51,7 @@ class _Norm(nn.Module):
         return _along_axis_1(scale, x) * x_hat + _along_axis_1(shift, x)
 
 
-class BatchNorm(_Norm):
+class BatchNorm(_Norm, _BatchNorm):
     """Normalize each channel by its mean and variance over the batch.
 
         y = scale * (x - mean) / sqrt(var + eps) + shift
@@ -76,7 +79,14 @@ class BatchNorm(_Norm):
     If the mean or variance of a channel is NaN or infinite, its two estimates stay unchanged. The
     output still contains the NaN.
 
+    `torch.optim.swa_utils.update_bn` works as with PyTorch's batch norms, except that it leaves
+    estimates as they are if `update_stats` is False. While it sets `momentum` to None, an estimate
+    is the average of all batches since `reset_running_stats`; the variance "around_running_mean"
+    is then around the average of their means.
+
     Under data parallelism each process uses the statistics of its own share of the batch.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` fails with an error, because what it makes has
+    no such estimates.
 
     Parameters are `scale` and `shift`, `(channels,)`; buffers are `exp_mean` and `exp_var`,
     `(channels,)`, which stay in float32 or wider when the module is converted.
@@ -91,8 +101,14 @@ class BatchNorm(_Norm):
     in the annotated implementation (`labml_nn/normalization/batch_norm`).
     """
 
+    # A `_BatchNorm`, because tools find batch norms by that class. All that is in common with it is
+    # `momentum` and `reset_running_stats`, so TorchScript and checkpoints must not expect more.
+    __constants__: list[str] = []  # noqa: RUF012
+    _load_from_state_dict = nn.Module._load_from_state_dict
+
     exp_mean: Tensor
     exp_var: Tensor
+    momentum: float | None
     update_stats: bool | None
 
     def __init__(
@@ -124,6 +140,7 @@ class BatchNorm(_Norm):
         self.momentum = momentum
         self.running_variance = running_variance
         self.update_stats = update_stats
+        self._averaged = 0  # batches since `reset_running_stats`, counted if momentum is None
         self.register_buffer("exp_mean", widen(torch.zeros(channels)))
         self.register_buffer("exp_var", widen(torch.ones(channels)))
 
@@ -180,9 +197,12 @@ class BatchNorm(_Norm):
         if not is_scripting():
             _warn_of_single_values(x.shape)
         with torch.no_grad():
-            r = self.momentum
-            mu, sigma2 = mean.flatten(), self._variance_for_update(x, var).flatten()
+            r = self._rate()
+            mu, sigma2 = mean.flatten(), self._variance_for_update(x, mean, var, r).flatten()
             finite = mu.isfinite() & sigma2.isfinite()
+            if self.momentum is None:
+                # An average of all batches must not leave one out in silence.
+                finite = torch.ones_like(finite)
             # mu_hat <- (1 - r) mu_hat + r mu
             mu_hat = (1 - r) * self.exp_mean + r * mu
             # sigma2_hat <- (1 - r) sigma2_hat + r sigma2
@@ -190,16 +210,46 @@ class BatchNorm(_Norm):
             self.exp_mean.copy_(torch.where(finite, mu_hat, self.exp_mean))
             self.exp_var.copy_(torch.where(finite, sigma2_hat, self.exp_var))
 
-    def _variance_for_update(self, x: Tensor, var: Tensor) -> Tensor:
+    def _rate(self) -> float:
+        """The weight of the batch in the estimates, where 1 / k makes the average of k batches."""
+        momentum = self.momentum
+        if momentum is None:
+            self._averaged += 1
+            return 1 / self._averaged
+        return momentum
+
+    def _variance_for_update(self, x: Tensor, mean: Tensor, var: Tensor, r: float) -> Tensor:
         """The variance of `x` that updates the running estimate; `var` is the biased one."""
         if self.running_variance == "unbiased":
             # n, the number of values of a channel
             n = x.numel() // self.channels
             return var * (n / max(n - 1, 1))
         if self.running_variance == "around_running_mean":
+            mu_hat = _along_axis_1(self.exp_mean, x)
+            if self.momentum is None:
+                # Var = E[var] + Var[mean], of all batches
+                return var + (1 - r) * (mean - mu_hat) ** 2
             # sigma2 = E[(x - mu_hat)^2]
-            return ((x - _along_axis_1(self.exp_mean, x)) ** 2).mean(_all_axes_but_1(x))
+            return ((x - mu_hat) ** 2).mean(_all_axes_but_1(x))
         return var
+
+    def reset_running_stats(self) -> None:
+        """Start again from mean 0 and variance 1, unless `update_stats` is False."""
+        if self.update_stats is not False:
+            self.exp_mean.zero_()
+            self.exp_var.fill_(1)
+            self._averaged = 0
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what only batch norms of PyTorch have."""
+        if name in _OF_PYTORCH:
+            raise AttributeError(
+                f"{type(self).__name__} has no {name}: it has channels, scale, shift, exp_mean and "
+                "exp_var. So what exchanges, folds or synchronizes batch norms of torch.nn, such "
+                "as SyncBatchNorm.convert_sync_batchnorm, cannot take it; call that on the parts "
+                "of the model without it. bcn_torch.fold folds it."
+            )
+        return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .to(), .half() and .cuda() all call this. If they would round the running estimates, only

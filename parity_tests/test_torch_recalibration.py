@@ -223,15 +223,75 @@ def test_an_averaged_model_is_recalibrated_as_update_bn_does_it_for_norms_of_tor
     torch.testing.assert_close([*statistics(ours).values()], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("running_variance", ["biased", "unbiased", "around_running_mean"])
 @every_norm
-def test_update_bn_of_torch_leaves_norms_of_this_library_as_they_are(make):
-    """It finds none, and says nothing: see `recalibrate`."""
+def test_update_bn_of_torch_makes_averages_of_the_batches(make, running_variance):
+    model, data = shallow(make(running_variance=running_variance)), batches(5, 2, 1)
+    model[1] = nn.Identity()  # Dropout would be on.
+    momentum = norm_of(model).momentum
+    update_bn(batches(4), model)  # is forgotten
+    update_bn(data, model)
+    assert norm_of(model).momentum == momentum
+    seen = [model[0](x) for x in data]
+    correction = int(running_variance == "unbiased")
+    moments = [torch.var_mean(x, (0, 2, 3), correction=correction) for x in seen]
+    var, mean = (sum(ms) / 3 for ms in zip(*moments, strict=True))
+    if running_variance == "around_running_mean":
+        var = var + sum((m - mean) ** 2 for _, m in moments) / 3
+    torch.testing.assert_close([*statistics(model).values()], [mean, var], rtol=1e-12, atol=1e-12)
+
+
+def norm_of(model):
+    (norm,) = (m for m in model.modules() if isinstance(m, BatchNorm))
+    return norm
+
+
+def test_update_bn_gives_the_same_as_with_norms_of_torch():
+    """Of several layers, whose inputs change while the norms before them are measured."""
+    models = [
+        nn.Sequential(nn.Conv2d(3, 4, 3), one(), nn.ReLU(), nn.Conv2d(4, 4, 3), two()).double()
+        for one, two in (
+            [partial(BatchNorm, 4, running_variance="unbiased")] * 2,
+            [partial(nn.BatchNorm2d, 4)] * 2,
+        )
+    ]
+    for ours, theirs in zip(models[0][::3], models[1][::3], strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    for model in models:
+        update_bn([[images, torch.zeros(1)] for images in batches(5, 2, 3)], model.eval())
+        assert not model.training
+    expected = [b for name, b in models[1].named_buffers() if "running" in name]
+    torch.testing.assert_close([*statistics(models[0]).values()], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_update_bn_does_not_hide_a_batch_that_is_not_finite():
+    model = shallow(BatchNorm(4))
+    update_bn([batches(2)[0], batches(2)[0] * torch.nan], model)
+    assert all(values.isnan().all() for values in statistics(model).values())
+
+
+@every_norm
+def test_update_bn_leaves_frozen_estimates(make):
     model = shallow(make())
+    recalibrate(model, batches(3))
+    norm_of(model).update_stats = False
     before, *others = state_and_modes(model)
     update_bn(batches(5), model)
     after, *new_others = state_and_modes(model)
     assert_equal(after, before)
     assert new_others == others
+
+
+@every_norm
+def test_what_makes_other_norms_of_batch_norms_of_torch_is_refused(make):
+    """It would take the estimates away without a word."""
+    model = shallow(make())
+    with pytest.raises(AttributeError, match=r"has no num_features: it has .* exp_var\. .*\.fold"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    names = ("num_features", "weight", "bias", "running_mean", "running_var")
+    assert not any(hasattr(norm_of(model), name) for name in names)
+    with pytest.raises(AttributeError, match="no attribute 'other'"):
+        norm_of(model).other  # noqa: B018
 
 
 def test_one_tensor_is_no_iterable_of_batches():

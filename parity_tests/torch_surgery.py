@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from bcn_torch import (
     BatchChannelNorm,
@@ -392,8 +393,22 @@ def check_recalibration(running_variance, var):
     torch.testing.assert_close(actual, (torch.tensor([4.0]), torch.tensor([var])))
 
 
-RUNNING_VARIANCES = {"biased": 3.5, "unbiased": 5.25, "around_running_mean": 6.5}
+def check_update_bn(running_variance, var):
+    """The same batches, of the same weight; twice, because the first averages are forgotten."""
+    norm = BatchNorm(1, running_variance=running_variance)
+    for _ in range(2):
+        update_bn([torch.tensor([[7.0], [7.0]]), torch.tensor([[1.0], [2.0], [6.0]])], norm)
+    actual = norm.exp_mean, norm.exp_var
+    torch.testing.assert_close(actual, (torch.tensor([5.0]), torch.tensor([var])))
 
+
+# The variance that `recalibrate` finds, and `update_bn`
+RUNNING_VARIANCES = {
+    "biased": (3.5, 7 / 3),
+    "unbiased": (5.25, 3.5),
+    "around_running_mean": (6.5, 19 / 3),
+}
+AVERAGES = {"recalibration": check_recalibration, "update_bn": check_update_bn}
 
 TABLES = {
     "graph": (check_graph, GRAPHS),
@@ -415,7 +430,8 @@ SURGERY = {
         for name, row in rows.items()
     },
     **{
-        f"recalibration in PyTorch: {kind}": partial(check_recalibration, kind, var)
-        for kind, var in RUNNING_VARIANCES.items()
+        f"{name} in PyTorch: {kind}": partial(check, kind, var)
+        for kind, variances in RUNNING_VARIANCES.items()
+        for (name, check), var in zip(AVERAGES.items(), variances, strict=True)
     },
 }

@@ -31,11 +31,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -
     Modes and `update_stats` are restored at the end, and after an error the estimates too. A norm
     that no batch reaches keeps its estimates.
 
-    `torch.optim.swa_utils.update_bn` finds only PyTorch's own batch norms, and returns silently if
-    there are none. For a model with norms of `bcn_torch`, or an `AveragedModel` of one, call this
-    function in its place:
-
-        recalibrate(averaged_model, ((images,) for images, labels in loader))
+    `torch.optim.swa_utils.update_bn` works too. It runs the model as in training, dropout included,
+    and gives each batch the same weight, whatever its size.
 
     Args:
         model: any module that has batch norms of `bcn_torch`, not compiled.

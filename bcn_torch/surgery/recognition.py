@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from bcn_torch.norms import BatchNorm
 from bcn_torch.surgery.replacement import STANDARDIZED, Conv2dSame, rebuild
 
 PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -50,7 +51,8 @@ class BatchNormParts(NamedTuple):
 
 def may_be_batch_norm(module: nn.Module) -> bool:
     """Whether it is a batch norm of `torch.nn`, or has running statistics of its own."""
-    return isinstance(module, _BatchNorm) or {"running_mean", "running_var"} <= {*module._buffers}
+    of_torch = isinstance(module, _BatchNorm) and not isinstance(module, BatchNorm)
+    return of_torch or {"running_mean", "running_var"} <= {*module._buffers}
 
 
 def batch_norm_parts(norm: nn.Module) -> BatchNormParts:

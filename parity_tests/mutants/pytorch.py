@@ -121,12 +121,9 @@ MUTANTS = (
     Mutant(
         "torch-running-variance-unbiased",
         TORCH_NORMS,
-        "        return var\n"
-        "\n"
-        "    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:",
-        "        return var * (x[:, :1].numel() / max(x[:, :1].numel() - 1, 1))\n"
-        "\n"
-        "    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:",
+        "        return var\n\n    def reset_running_stats",
+        "        return var * (x[:, :1].numel() / max(x[:, :1].numel() - 1, 1))\n\n"
+        "    def reset_running_stats",
         "The running variance of PyTorch's own batch norm: off by n / (n - 1).",
         hint="EstimatedBatchNorm linen float64",
     ),

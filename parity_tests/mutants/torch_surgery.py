@@ -4,6 +4,7 @@ from parity_tests.mutants.mutant import Mutant
 
 FLOW = "bcn_torch/surgery/flow.py"
 FOLDING = "bcn_torch/surgery/folding.py"
+NORMS = "bcn_torch/norms.py"
 RECALIBRATION = "bcn_torch/surgery/recalibration.py"
 
 MUTANTS = (
@@ -272,5 +273,37 @@ MUTANTS = (
         "        pass\n",
         "0 times an old estimate that is NaN is NaN.",
         hint="recalibration in PyTorch: biased",
+    ),
+    Mutant(
+        "update-bn-by-the-last-batch",
+        NORMS,
+        "return 1 / self._averaged",
+        "return 1.0",
+        "The last batch takes the place of the average.",
+        hint="update_bn in PyTorch: biased",
+    ),
+    Mutant(
+        "update-bn-with-the-batches-before",
+        NORMS,
+        "            self._averaged = 0\n",
+        "",
+        "A second average starts with the weight of the first.",
+        hint="update_bn in PyTorch: biased",
+    ),
+    Mutant(
+        "update-bn-within-batches",
+        NORMS,
+        "return var + (1 - r) * (mean - mu_hat) ** 2",
+        "return var",
+        "Var = E[var] + Var[mean] without its second term.",
+        hint="update_bn in PyTorch: around_running_mean",
+    ),
+    Mutant(
+        "update-bn-around-the-old-mean",
+        NORMS,
+        "return var + (1 - r) * (mean - mu_hat) ** 2",
+        "return var + (mean - mu_hat) ** 2",
+        "The distance from the old mean, which is forgotten, counts.",
+        hint="update_bn in PyTorch: around_running_mean",
     ),
 )
