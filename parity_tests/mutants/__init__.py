@@ -20,6 +20,7 @@ from parity_tests.mutants import (
     pytorch,
     surgery,
     torch_surgery,
+    training,
 )
 from parity_tests.mutants.mutant import Mutant, catch
 
@@ -34,6 +35,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *pytorch.MUTANTS,
     *conversion.MUTANTS,
     *torch_surgery.MUTANTS,
+    *training.MUTANTS,
 )
 EQUIVALENT: tuple[Mutant, ...] = (
     *affine.EQUIVALENT,

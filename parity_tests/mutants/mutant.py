@@ -1,7 +1,7 @@
 """A mutant, and what catches it.
 
-`catch` imports both packages again with one edit, in memory, and runs the checks of
-`parity_tests.suite` until one of them fails.
+`catch` imports the sources again with one edit, in memory, and runs the checks of
+`parity_tests.suite`, or files of tests, until one of them fails.
 """
 
 import sys
@@ -16,8 +16,10 @@ from textwrap import shorten
 from types import CodeType
 from typing import Any, NamedTuple
 
+from parity_tests.mutants import pytest_checks
+
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"bcn_flax", "bcn_torch", "parity_tests"}
+PACKAGES = {"bcn_flax", "bcn_torch", "parity_tests", "train_cifar", "training"}
 
 Checks = Mapping[str, Callable[[], object]]
 
@@ -33,6 +35,8 @@ class Mutant(NamedTuple):
         why: what is wrong with it and who does it; of an equivalent one, why nothing is.
         hint: part of the names of the checks to try first. It saves time and decides nothing: all
             the others follow until one fails.
+        tests: files of tests, `test_training_step.py` for example, if they are to catch it and not
+            the checks of `parity_tests.suite`. The hint is then part of the name of a test.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Mutant(NamedTuple):
     new: str
     why: str
     hint: str = ""
+    tests: tuple[str, ...] = ()
 
     @property
     def module(self) -> str:
@@ -49,7 +54,9 @@ class Mutant(NamedTuple):
 
     @property
     def side(self) -> str:
-        """Which of "Flax", "PyTorch" and "interop" it breaks."""
+        """Which of "Flax", "PyTorch", "interop" and "training" it breaks."""
+        if self.file.startswith("train"):
+            return "training"
         if "/interop/" in self.file:
             return "interop"
         return "PyTorch" if self.file.startswith("bcn_torch/") else "Flax"
@@ -82,13 +89,13 @@ def catch(mutant: Mutant | None, checks_of: Callable[[], Checks] | None = None) 
 
     Args:
         mutant: None is the control, which nothing should catch.
-        checks_of: returns the checks, called while imports find the mutant; by default those of
-            `parity_tests.suite`.
+        checks_of: returns the checks, called while imports find the mutant; by default the tests
+            that the mutant names, or those of `parity_tests.suite`.
     """
     start = time.perf_counter()
     check, message = None, ""
     with imported_afresh(mutant):
-        checks = (checks_of or _suite)()
+        checks = checks_of() if checks_of else _checks(mutant)
         for name in sorted(checks, key=lambda name: mutant is None or mutant.hint not in name):
             try:
                 checks[name]()
@@ -102,7 +109,7 @@ def catch(mutant: Mutant | None, checks_of: Callable[[], Checks] | None = None) 
 
 @contextmanager
 def imported_afresh(mutant: Mutant | None) -> Iterator[None]:
-    """Import both packages and their tests again, with the mutant; restore the old ones at the end.
+    """Import sources and tests again, with the mutant; restore the old ones at the end.
 
     Nothing of the mutant is written, neither source nor bytecode. JAX and Flax cache by functions
     and classes, and these are new as well. Other import hooks are bypassed: jaxtyping's checks of
@@ -153,7 +160,9 @@ def _forget() -> dict[str, Any]:
     return {name: sys.modules.pop(name) for name in ours}
 
 
-def _suite() -> Checks:
+def _checks(mutant: Mutant | None) -> Checks:
+    if mutant and mutant.tests:
+        return pytest_checks.checks(mutant.tests, mutant.hint)
     return import_module("parity_tests.suite").checks()
 
 
