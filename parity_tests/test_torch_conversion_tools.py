@@ -5,8 +5,10 @@ import io
 import pickle
 from collections.abc import Callable
 
+import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.fx import GraphModule, Tracer
@@ -114,6 +116,21 @@ def test_what_a_tool_makes_of_a_model_computes_the_same(make, tool, training):
         x = images(seed)
         torch.testing.assert_close(made(x), model(x))
         torch.testing.assert_close(dict(made.state_dict()), dict(model.state_dict()))
+
+
+# The exporter uses something that PyTorch deprecates.
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.parametrize("name", ["estimate", "batch", "folded"])
+def test_an_onnx_file_computes_the_same(name):
+    model = MODELS[name]().eval()
+    program = torch.onnx.export(model, (images(),), dynamo=True, verbose=False)
+    assert program is not None
+    file = onnx.load_from_string(program.model_proto.SerializeToString())
+    (given,) = file.graph.input
+    x = images(1)
+    (y,) = ReferenceEvaluator(file).run(None, {given.name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x))
 
 
 @pytest.mark.parametrize("tool", ["fx", "script"])
