@@ -458,7 +458,7 @@ COUNTED = FlaxWithModes(counted)
 OF_OUTPUT = {"output", "input gradient", "gradient gain"}
 STATISTICS = {"statistic bn/mean", "statistic bn/var"}
 FIRST_MODULE = (
-    "In evaluation and training, the first module whose output differs is out; the last one before "
+    "In evaluation, the first module whose output differs is out; the last one before "
     "it that agrees is hidden."
 )
 MOMENTUM = (
@@ -533,7 +533,7 @@ DIFFERENCES = {
         "evaluation",
         {"output", "input gradient"},
         [
-            "In evaluation and training, the first module whose output differs is norm.",
+            "In evaluation, the first module whose output differs is norm.",
             "norm: epsilon is 1e-06 in Flax, and eps 1e-05 in PyTorch.",
         ],
         {**EVALUATION, "weights": "random"},
@@ -551,7 +551,7 @@ DIFFERENCES = {
         Torch(lambda self, x: self.out(torch.tanh(x)), out=torch.nn.Linear(5, 3)),
         "evaluation",
         {"output"},
-        ["In evaluation and training, the first module whose output differs is out."],
+        ["In evaluation, the first module whose output differs is out."],
         EVALUATION,
     ),
     "formula of NNX": Difference(
@@ -885,9 +885,10 @@ REFUSED = {
         module=torch.nn.Linear(5, 3).double(),
     ),
     "a list": Refused(
-        "inputs must be an array, or a tuple of arrays if there are several, but there is a "
-        "list. Pass np.asarray(x) if it is one input, tuple(x) if it holds all of them; if the "
-        "inputs have names, wrap your module in one that takes a tuple.",
+        "inputs must be an array, a tuple of positional arguments, or a dictionary of keyword "
+        "arguments, made of arrays, None, numbers, strings, and lists, tuples and dictionaries of "
+        "these, but there is a list. Pass np.asarray(x) if it is one input, tuple(x) if it holds "
+        "all of them, (x,) if it is the only argument.",
         inputs=[VECTORS],
     ),
     "three axes": Refused(
@@ -896,10 +897,10 @@ REFUSED = {
         inputs=SENTENCES,
     ),
     "other outputs": Refused(
-        "Both modules must return the same number of arrays, at least one, but Flax's returns "
-        "2, of shapes [(6, 5), (6, 5)], and PyTorch's 1, of shapes [(6, 5)]. Tuples, lists and "
-        "dictionaries are flattened; if there is anything else, wrap your module in one that "
-        "returns a tuple.",
+        "Both modules must return the same number of arrays, at least one, but in evaluation "
+        "Flax's returns 2, of shapes [(6, 5), (6, 5)], and PyTorch's 1, of shapes [(6, 5)]. "
+        "Tuples, lists, dictionaries and dataclasses are flattened; if there is anything else, "
+        "wrap your module in one that returns a tuple.",
         in_flax(lambda x: (x, x)),
         torch.nn.Identity(),
     ),
@@ -920,12 +921,14 @@ REFUSED = {
         "on both sides.",
         in_flax(lambda x: x),
         Torch(lambda self, x: torch.nn.functional.dropout(x, 0.1, self.training)),
+        options=ONE_STEP,
     ),
     "dropout of linen": Refused(
         f"{NOT_RANDOM}Flax's module has dropout in drop. Set the rate to 0 there, and p to 0 in "
         "PyTorch.",
         FlaxWithModes(lambda _, x, t: nn.Dropout(0.1, name="drop")(x, deterministic=not t)),
         torch.nn.Dropout(0.0),
+        options=ONE_STEP,
     ),
     "dropout of NNX": Refused(
         f"{NOT_RANDOM}Flax's module has dropout in the module itself. Set the rate to 0 there, "

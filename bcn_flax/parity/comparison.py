@@ -1,10 +1,13 @@
 """Compare a Flax and a PyTorch module, number by number, through evaluation and training."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
+from flax import linen as nn
+from flax import nnx
 from jax.typing import DTypeLike
 
 from bcn_flax import interop
@@ -18,7 +21,7 @@ from bcn_flax.parity.judging import Inputs, Oracle
 from bcn_flax.parity.pair import Probe, Weights, module_pair
 from bcn_flax.parity.protocol import Optimizer, module_name, sgd
 from bcn_flax.parity.report import Comparison
-from bcn_flax.parity.torch_side import AXES, Axes
+from bcn_flax.parity.torch_side import AXES, Axes, AxisOrder
 
 _SHOWN = 4  # names
 _DETERMINISTIC = (
@@ -38,7 +41,7 @@ def assert_parity(
     Args:
         flax_module: of linen or NNX.
         torch_module: with the same architecture.
-        inputs: an array, or a tuple of arrays, in Flax's order of axes.
+        inputs: an array, a tuple, or a dictionary of keyword arguments: see `compare`.
         **options: see `compare`.
 
     Returns:
@@ -69,7 +72,8 @@ def compare(
     oracle: Oracle | None = None,
     tolerances: Sequence[Tolerance] = (),
     precision: DTypeLike | None = None,
-    axes: Axes = AXES,
+    axes: Axes | None = None,
+    torch_names: Mapping[str, str] | None = None,
     names: Names | None = None,
     rules: Rules = interop.RULES,
     transposed: Transposed = (),
@@ -95,7 +99,9 @@ def compare(
     Args:
         flax_module: of linen or NNX.
         torch_module: with the same architecture.
-        inputs: an array, or a tuple of arrays, in Flax's order of axes.
+        inputs: an array; a tuple of positional arguments; or a dictionary of keyword arguments, by
+            name. They may be nested, and hold None, numbers and strings, which both modules get as
+            they are. Arrays are in Flax's order of axes.
         variables: linen's, if `weights` says that they are used.
         weights: which weights are used: "torch", PyTorch's, converted to Flax; "flax", Flax's,
             converted to PyTorch; "own", each side's own, as they are; or "random", new values for
@@ -111,7 +117,9 @@ def compare(
         precision: the narrowest dtype to compute in, by default that of the modules and inputs.
             With float32 a layer for bfloat16 may only round its results.
         axes: the order of the axes of inputs and outputs, by rank or by name, as in
-            `{**AXES, 3: SAME, "input 1": SAME}`.
+            `{3: SAME, "input mask": SAME, "output 1": CHANNELS}`. What is not given is as in
+            `AXES`.
+        torch_names: PyTorch's names of keyword arguments in `inputs`, by Flax's, if they differ.
         names: which of PyTorch's modules is which of Flax's: see `bcn_flax.interop.match`.
         rules: which variables have which names and layouts: see `bcn_flax.interop.match`.
         transposed: see `bcn_flax.interop.match`.
@@ -126,25 +134,29 @@ def compare(
             of different precision, a wider tolerance has no reason, or a module draws random
             numbers; the message says what to do.
     """
+    started = time.perf_counter()
+    _require_modules(flax_module, torch_module)
+    _require_options(optimizer, axes, call, tolerances)
     _require_reasons(tolerances)
     _refuse_dropout(torch_module)
-    plan = judging.phases(inputs, steps)
+    arguments, plan = judging.phases(inputs, steps, torch_names)
     first, rng = plan[0].inputs, np.random.default_rng(seed)
     native = module_pair(
         flax_module,
         torch_module,
         first,
+        arguments=arguments,
         weights=weights,
         variables=variables,
         call=call,
-        axes=axes,
+        axes={**AXES, **(axes or {})},
         matcher=partial(
             interop.match, names=names, rules=rules, transposed=transposed, flattened=flattened
         ),
         rng=rng,
     )
     wide = native.in_float64()
-    probe = wide.probe(first)
+    probe = wide.probe(first, train=len(plan) > 1)
     _refuse_random_numbers(probe)
     _require_comparable_outputs(probe)
     precisions = judging.find_precisions(native, plan, precision)
@@ -167,7 +179,64 @@ def compare(
     if not all(row.passed for row in rows):
         hints = explanations(wide, probe, hints, rows)
     notes = _notes(torch_module, probe, weights, narrowing)
-    return Comparison(tuple(rows), native.match, tuple(notes), tuple(hints))
+    seconds = time.perf_counter() - started
+    return Comparison(tuple(rows), native.match, tuple(notes), tuple(hints), seconds)
+
+
+def _require_modules(flax_module: Any, torch_module: Any) -> None:
+    """Refuse anything but a Flax module that can be called, and a PyTorch module, in this order."""
+    import torch
+
+    flax_kinds = nn.Module, nnx.Module
+    if isinstance(flax_module, torch.nn.Module) and isinstance(torch_module, flax_kinds):
+        raise ValueError(
+            "Flax's module comes first and PyTorch's second, but they are exchanged: pass "
+            "(flax_module, torch_module, inputs)."
+        )
+    for side, module, kinds, way_out in (
+        ("Flax", flax_module, flax_kinds, "a module of flax.linen or flax.nnx"),
+        ("PyTorch", torch_module, (torch.nn.Module,), "a torch.nn.Module"),
+    ):
+        if isinstance(module, type):
+            raise ValueError(
+                f"{side}'s module must be an instance, but it is the class {module.__name__}: pass "
+                f"{module.__name__}(...)."
+            )
+        if not isinstance(module, kinds):
+            raise ValueError(
+                f"{side}'s module must be {way_out}, but it is of type {type(module).__name__}. "
+                "Wrap a function in a module that calls it."
+            )
+    if isinstance(flax_module, nn.Module) and flax_module.scope is not None:
+        raise ValueError(
+            "Flax's module must not be bound to variables, but it is: pass the module alone, and "
+            'with weights="flax" its variables as `variables`.'
+        )
+
+
+def _require_options(optimizer: Any, axes: Any, call: Any, tolerances: Any) -> None:
+    """Refuse arguments of another kind than their parameters name."""
+    if not (optimizer is None or isinstance(optimizer, Optimizer)):
+        raise ValueError(
+            "optimizer must be a bcn_flax.parity.Optimizer, which has one of each library, but it "
+            f"is of type {type(optimizer).__name__}. Pass sgd(...) or adam(...) of "
+            "bcn_flax.parity, or Optimizer(optax_optimizer, lambda parameters: "
+            "torch_optimizer(parameters))."
+        )
+    if axes is not None and not (
+        isinstance(axes, Mapping) and all(isinstance(order, AxisOrder) for order in axes.values())
+    ):
+        raise ValueError(
+            "axes must map ranks or names to SAME, CHANNELS or another AxisOrder, as in {3: SAME}, "
+            f"but it is {axes!r}."
+        )
+    if not (call is None or callable(call)):
+        raise ValueError(
+            "call must be a function from `train: bool` to keyword arguments, as in "
+            f"lambda train: {{'train': train}}, but it is {call!r}."
+        )
+    if isinstance(tolerances, Tolerance) or not all(isinstance(t, Tolerance) for t in tolerances):
+        raise ValueError(f"tolerances must be a list of Tolerance, but it is {tolerances!r}.")
 
 
 def _require_reasons(tolerances: Sequence[Tolerance]) -> None:
@@ -211,22 +280,23 @@ def _refuse_random_numbers(probe: Probe) -> None:
 
 def _require_comparable_outputs(probe: Probe) -> None:
     """Refuse modules that return no arrays, different numbers of them, or complex numbers."""
-    evaluation = probe.calls["evaluation"]
-    flax, torch = [*evaluation.flax.outputs.values()], [*evaluation.torch.outputs.values()]
-    if len(flax) != len(torch) or not flax:
-        shapes = [y.shape for y in flax], [y.shape for y in torch]
-        raise ValueError(
-            "Both modules must return the same number of arrays, at least one, but Flax's returns "
-            f"{len(flax)}, of shapes {shapes[0]}, and PyTorch's {len(torch)}, of shapes "
-            f"{shapes[1]}. Tuples, lists and dictionaries are flattened; if there is anything "
-            "else, wrap your module in one that returns a tuple."
-        )
-    if any(np.issubdtype(y.dtype, np.complexfloating) for y in flax):
-        raise ValueError(
-            "Outputs must be real, but there are complex ones, whose gradients the two libraries "
-            "define differently. Wrap your modules in modules that return real and imaginary "
-            "parts."
-        )
+    for mode, calls in probe.calls.items():
+        flax, torch = [*calls.flax.outputs.values()], [*calls.torch.outputs.values()]
+        if len(flax) != len(torch) or not flax:
+            shapes = [y.shape for y in flax], [y.shape for y in torch]
+            raise ValueError(
+                "Both modules must return the same number of arrays, at least one, but in "
+                f"{mode} Flax's returns {len(flax)}, of shapes {shapes[0]}, and PyTorch's "
+                f"{len(torch)}, of shapes {shapes[1]}. Tuples, lists, dictionaries and dataclasses "
+                "are flattened; if there is anything else, wrap your module in one that returns a "
+                "tuple."
+            )
+        if any(np.issubdtype(y.dtype, np.complexfloating) for y in flax):
+            raise ValueError(
+                "Outputs must be real, but there are complex ones, whose gradients the two "
+                "libraries define differently. Wrap your modules in modules that return real and "
+                "imaginary parts."
+            )
 
 
 def _notes(

@@ -1,7 +1,7 @@
 """What may explain that two modules differ."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +100,8 @@ def _clearly_differ(flax: Sequence[Array], torch: Sequence[Array]) -> bool:
 
 
 def _roughly_equal(a: Array, b: Array) -> bool:
-    orders = [x for x in (b, *([np.moveaxis(b, 1, -1)] * (b.ndim > 2))) if x.shape == a.shape]
+    orders = [b, np.moveaxis(b, 1, -1)] if b.ndim > 2 else [b]
+    orders = [x for x in orders if x.shape == a.shape]
     if not orders:
         return a.size == b.size
     return any(_half_of_digits_agree(a, order) for order in orders)
@@ -130,17 +131,19 @@ def _statistics_drift(pair: ModulePair, probe: Probe, rates: bool) -> Iterator[s
     """How the running statistics of the two sides change differently; `rates`: how fast, too."""
     shown = observation({}, {}, {}, pair.flax.variables)
     start = {name: x for name, x in shown.items() if name.quantity == "statistic"}
-    if not start:
+    if not start or "training" not in probe.calls:
         return
     # With a rate of 0 the parameters, and so the statistics of the batch, stay the same.
     fixed = sgd(rate=0.0)
-    zeros = [np.zeros(y.shape, y.dtype) for y in probe.calls["training"].flax.outputs.values()]
+    calls = probe.calls["training"]
 
-    def observed(side: Implementation) -> dict[Name, _Drift]:
+    def observed(side: Implementation, outputs: Iterable[Any]) -> dict[Name, _Drift]:
+        zeros = [np.zeros(y.shape, y.dtype) for y in outputs]
         first, second = (side(probe.inputs, zeros, True) for _ in range(2))
         return {name: _drift(start[name], first[name], second[name]) for name in start}
 
-    flax, torch = observed(pair.new_flax_side(fixed)), observed(pair.new_torch_side(fixed))
+    flax = observed(pair.new_flax_side(fixed), calls.flax.outputs.values())
+    torch = observed(pair.new_torch_side(fixed), calls.torch.outputs.values())
     for name in start:
         if rates:
             yield from _different_rates(name.path, flax[name].rate, torch[name].rate)

@@ -19,18 +19,20 @@ from bcn_flax.interop import trees
 from bcn_flax.interop.layouts import Array, Path, is_array
 from bcn_flax.interop.trees import Variables
 from bcn_flax.parity.protocol import (
+    Arguments,
     Observation,
     float64_enabled,
     is_differentiable,
     numbered,
     observation,
+    output_leaves,
     to_float64,
 )
 
 Module = nn.Module | nnx.Module
 Call = Callable[[bool], Mapping[str, Any]]
-# From variables, inputs and `train` to the outputs and the statistics after the call.
-Forward = Callable[[Variables, Sequence[Any], bool], tuple[Any, dict[str, Any]]]
+# From variables, input arrays and `train` to the outputs and the statistics after the call.
+Forward = Callable[[Variables, Sequence[Any], bool], tuple[list[Any], dict[str, Any]]]
 
 
 class FlaxTrace(NamedTuple):
@@ -59,13 +61,15 @@ class FlaxModel(NamedTuple):
     Attributes:
         module: of linen or NNX.
         variables: parameters and statistics, or their shapes, in linen's form.
-        call: function from `train: bool` to the keyword arguments of a call.
+        arguments: how the input arrays become the arguments of a call.
+        call: function from `train: bool` to the keyword arguments that depend on it.
         wide: whether it computes in float64.
         forward: the module as a pure function.
     """
 
     module: Module
     variables: Variables
+    arguments: Arguments
     call: Call
     wide: bool
     forward: Forward
@@ -77,7 +81,7 @@ class FlaxModel(NamedTuple):
 
     def widened(self) -> "FlaxModel":
         """The same module and variables in float64."""
-        return flax_model(self.module, self.variables, [], self.call, wide=True)
+        return flax_model(self.module, self.variables, self.arguments, [], self.call, wide=True)
 
     def randomized(self, rng: np.random.Generator) -> "FlaxModel":
         """The same module with different values for all parameters and statistics.
@@ -100,7 +104,7 @@ class FlaxModel(NamedTuple):
         forward = jax.jit(self.forward, static_argnums=2)
         with float64_enabled(self.wide):
             outputs, _ = forward.eval_shape(self.variables, list(inputs), train)
-        return jax.tree.leaves(outputs)
+        return outputs
 
     def trace(self, inputs: Sequence[Array], train: bool) -> FlaxTrace:
         """Trace a call."""
@@ -124,20 +128,19 @@ class FlaxModel(NamedTuple):
                 _, returned = traced.lower().compile()(self.variables, list(inputs))
             return jax.tree.map(np.asarray, returned)
 
-        outputs = numbered(jax.tree.leaves(traced.out_info[0]))
+        outputs = numbered(traced.out_info[0])
         return FlaxTrace(outputs, called, random, _narrows(traced.jaxpr.jaxpr), run)
 
     def _recorded(
         self, called: dict[Path, Any], variables: Variables, inputs: Sequence[Any], *, train: bool
-    ) -> tuple[Any, dict[Path, list[Any]]]:
+    ) -> tuple[list[Any], dict[Path, list[Any]]]:
         """The outputs of the module and of all modules inside; notes those that are called."""
         returned: dict[Path, list[Any]] = {}
         trace = current_trace()
 
         def record(path: Path, outputs: Any) -> None:
             if current_trace() == trace:  # and not inside of nn.scan or the like
-                leaves = jax.tree.leaves(outputs)
-                returned.setdefault(path, [y for y in leaves if is_array(y)])
+                returned.setdefault(path, [y for y in output_leaves(outputs) if is_array(y)])
 
         def intercept(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             called.setdefault(context.module.path, context.module)
@@ -147,7 +150,8 @@ class FlaxModel(NamedTuple):
             return outputs
 
         if isinstance(self.module, nnx.Module):
-            forward = forward_of(_recording(self.module, record), self.call)
+            module = _recording(self.module, record)
+            forward = forward_of(module, self.call, self.arguments)
             return forward(variables, inputs, train)[0], returned
         with nn.intercept_methods(intercept):
             return self.forward(variables, inputs, train)[0], returned
@@ -156,6 +160,7 @@ class FlaxModel(NamedTuple):
 def flax_model(
     module: Module,
     variables: Variables | None,
+    arguments: Arguments,
     inputs: Sequence[Array],
     call: Call | None,
     *,
@@ -166,28 +171,37 @@ def flax_model(
     Args:
         module: of linen or NNX; is not changed.
         variables: its parameters and statistics; None for NNX's own, or the shapes of linen's.
-        inputs: of a call, from which these shapes follow.
+        arguments: how the inputs become the arguments of a call.
+        inputs: the arrays of a call, from which these shapes follow.
         call: see `compare`.
         wide: whether to compute in float64.
     """
     call = call or mode_argument(module)
     with float64_enabled(wide):
         if variables is None:
-            variables = _initial_variables(module, inputs, call)
+            variables = _initial_variables(module, arguments, inputs, call)
         if wide:
             variables = to_float64(variables)
         if isinstance(module, nnx.Module):
             module = trees.replace_leaves(nnx.clone(module), trees.flax_leaves(variables))
-    return FlaxModel(module, variables, call, wide, forward_of(module, call))
+    forward = forward_of(module, call, arguments)
+    return FlaxModel(module, variables, arguments, call, wide, forward)
 
 
-def _initial_variables(module: Module, inputs: Sequence[Array], call: Call) -> Variables:
+def _initial_variables(
+    module: Module, arguments: Arguments, inputs: Sequence[Array], call: Call
+) -> Variables:
     """NNX's variables, or the shapes of linen's."""
     if isinstance(module, nnx.Module):
         return trees.variables_of(module)
     # Other values replace the initial ones, so the keys do not matter.
     keys = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
-    initial = nn.unbox(jax.eval_shape(partial(module.init, **call(False)), keys, *inputs))
+
+    def init(inputs: Sequence[Any]) -> Variables:
+        positional, keywords = arguments.flax(inputs)
+        return module.init(keys, *positional, **keywords, **call(False))
+
+    initial = nn.unbox(jax.eval_shape(init, list(inputs)))
     return {name: initial[name] for name in ("params", "batch_stats") if name in initial}
 
 
@@ -203,12 +217,29 @@ def mode_argument(module: Module) -> Call:
     return lambda train: {}
 
 
-def forward_of(module: Module, call: Call | None) -> Forward:
-    """The module as a pure function; `call` maps `train: bool` to the call keywords."""
+def forward_of(module: Module, call: Call | None, arguments: Arguments | None = None) -> Forward:
+    """The module as a pure function.
+
+    Args:
+        module: of linen or NNX.
+        call: from `train: bool` to the keyword arguments that depend on it.
+        arguments: how the input arrays become the others; by default each is one, by position.
+    """
     call = call or mode_argument(module)
     if isinstance(module, nn.Module):
-        return partial(_linen_forward, module, call)
-    return partial(_nnx_forward, module, call)
+        of_module = partial(_linen_forward, module)
+    else:
+        of_module = partial(_nnx_forward, module)
+
+    def forward(
+        variables: Variables, inputs: Sequence[Any], train: bool
+    ) -> tuple[list[Any], dict[str, Any]]:
+        positional, keywords = arguments.flax(inputs) if arguments else (inputs, {})
+        keywords = {**keywords, **call(train)}
+        outputs, statistics = of_module(variables, positional, keywords, train)
+        return [y for y in output_leaves(outputs) if is_array(y) or np.isscalar(y)], statistics
+
+    return forward
 
 
 class FlaxSide:
@@ -222,6 +253,7 @@ class FlaxSide:
         *,
         jit: bool,
         wide: bool = False,
+        arguments: Arguments | None = None,
     ) -> None:
         """Start from the variables.
 
@@ -231,7 +263,9 @@ class FlaxSide:
             optimizer: of the parameters.
             jit: whether to compile the step.
             wide: whether to compute in float64, which the variables and inputs have then.
+            arguments: the names of the inputs; by default their numbers.
         """
+        self._named = arguments.named if arguments else numbered
         self._forward, self._optimizer, self._wide = forward, optimizer, wide
         self._variables = variables
         with float64_enabled(wide):
@@ -264,13 +298,12 @@ class FlaxSide:
         train: bool,
     ) -> tuple[Variables, Any, list[jax.Array], dict[str, jax.Array], Any]:
         params = variables.get("params", {})
-        given = numbered(inputs)
+        given = self._named(inputs)
         floats = {name: x for name, x in given.items() if is_differentiable(x)}
 
         def outputs_of(params: Any, floats: Any) -> tuple[list[jax.Array], Any]:
             arguments = [floats.get(name, x) for name, x in given.items()]
-            outputs, statistics = self._forward({**variables, "params": params}, arguments, train)
-            return jax.tree.leaves(outputs), statistics
+            return self._forward({**variables, "params": params}, arguments, train)
 
         outputs, pullback, statistics = jax.vjp(outputs_of, params, floats, has_aux=True)
         gradients, dx = pullback(_cotangents(outputs, output_gradients))
@@ -289,19 +322,19 @@ def _cotangents(outputs: Sequence[jax.Array], gradients: Sequence[jax.Array]) ->
 
 
 def _linen_forward(
-    module: nn.Module, call: Call, variables: Variables, inputs: Sequence[Any], train: bool
+    module: nn.Module, variables: Variables, inputs: Sequence[Any], keywords: Any, train: bool
 ) -> tuple[Any, dict[str, Any]]:
     # Statistics are mutable in evaluation too, so that one that changes there is noticed.
-    outputs, updates = module.apply(variables, *inputs, **call(train), mutable=["batch_stats"])
+    outputs, updates = module.apply(variables, *inputs, **keywords, mutable=["batch_stats"])
     return outputs, dict(updates)
 
 
 def _nnx_forward(
-    module: nnx.Module, call: Call, variables: Variables, inputs: Sequence[Any], train: bool
+    module: nnx.Module, variables: Variables, inputs: Sequence[Any], keywords: Any, train: bool
 ) -> tuple[Any, dict[str, Any]]:
     module = trees.replace_leaves(nnx.clone(module), trees.flax_leaves(variables))
     (module.train if train else module.eval)()
-    outputs = module(*inputs, **call(train))
+    outputs = module(*inputs, **keywords)
     after = trees.variables_of(module)
     return outputs, {name: after[name] for name in ("batch_stats",) if name in after}
 

@@ -23,6 +23,7 @@ from bcn_flax.parity.errors import (
 )
 from bcn_flax.parity.pair import ModulePair, Probe
 from bcn_flax.parity.protocol import (
+    Arguments,
     Implementation,
     Name,
     Observation,
@@ -30,10 +31,11 @@ from bcn_flax.parity.protocol import (
     float64_enabled,
     is_differentiable,
     observation,
+    split_arguments,
     to_float64,
 )
 
-Inputs = Any | tuple[Any, ...]
+Inputs = Any | tuple[Any, ...] | Mapping[str, Any]
 # From Flax's variables in float64 to an implementation.
 Oracle = Callable[[Mapping[str, Any]], Implementation]
 
@@ -51,7 +53,7 @@ class Phase(NamedTuple):
 
     Attributes:
         name: as it is printed.
-        inputs: in Flax's order of axes.
+        inputs: the arrays, in Flax's order of axes.
         train: whether it is a step of training.
         steps: of training so far, this one included; one more in the evaluation afterwards.
     """
@@ -62,23 +64,28 @@ class Phase(NamedTuple):
     steps: int
 
 
-def phases(inputs: Inputs, steps: int | Sequence[Inputs]) -> list[Phase]:
-    """Evaluation, training, and evaluation again.
+def phases(
+    inputs: Inputs, steps: int | Sequence[Inputs], torch_names: Mapping[str, str] | None = None
+) -> tuple[Arguments, list[Phase]]:
+    """Evaluation, training, and evaluation again; and how the arrays become arguments of a call.
 
     Raises:
-        ValueError: an input is no array, or `steps` is neither a number nor inputs.
+        ValueError: an input is not what a module can take, or `steps` is neither a number nor
+            inputs.
     """
-    first = _as_arrays("inputs", inputs)
-    batches = _batches(first, steps)
+    arguments, first = split_arguments("inputs", inputs, torch_names)
+    batches = _batches(arguments, first, steps)
     last = Phase("evaluation after training", first, False, len(batches) + 1)
-    return [
+    return arguments, [
         Phase("evaluation", first, False, 1),
         *(Phase(f"training step {i}", batch, True, i) for i, batch in enumerate(batches, 1)),
         *([last] if batches else []),
     ]
 
 
-def _batches(first: list[Array], steps: int | Sequence[Inputs]) -> list[list[Array]]:
+def _batches(
+    arguments: Arguments, first: list[Array], steps: int | Sequence[Inputs]
+) -> list[list[Array]]:
     if isinstance(steps, int) and steps >= 0:
         return [first] * steps
     if not isinstance(steps, list | tuple):
@@ -86,27 +93,21 @@ def _batches(first: list[Array], steps: int | Sequence[Inputs]) -> list[list[Arr
             "steps must be a number of steps, or a list of the inputs of each, but it is "
             f"{steps if isinstance(steps, int) else f'of type {type(steps).__name__}'}."
         )
-    batches = [_as_arrays(f"steps[{i}]", batch) for i, batch in enumerate(steps)]
-    for i, batch in enumerate(batches):
-        if len(batch) != len(first):
+    batches = []
+    for i, batch in enumerate(steps):
+        own, arrays = split_arguments(f"steps[{i}]", batch, arguments.torch_names)
+        if len(arrays) != len(first):
             raise ValueError(
                 f"Each step must have as many inputs as evaluation has, {len(first)}, but "
-                f"steps[{i}] has {len(batch)}. Several inputs of one step are a tuple in the list."
+                f"steps[{i}] has {len(arrays)}. Several inputs of one step are a tuple in the list."
             )
-    return batches
-
-
-def _as_arrays(name: str, inputs: Inputs) -> list[Array]:
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-    for x in inputs:
-        if not layouts.is_array(x):
+        if own != arguments:
             raise ValueError(
-                f"{name} must be an array, or a tuple of arrays if there are several, but there is "
-                f"a {type(x).__name__}. Pass np.asarray(x) if it is one input, tuple(x) if it "
-                "holds all of them; if the inputs have names, wrap your module in one that takes "
-                "a tuple."
+                f"Each step must have the same arguments as evaluation, but those of steps[{i}] "
+                f"differ in a name or in a value that is no array: {own} against {arguments}."
             )
-    return [layouts.to_numpy(x) for x in inputs]
+        batches.append(arrays)
+    return batches
 
 
 class Precision(NamedTuple):
@@ -212,14 +213,17 @@ def initial_weights(pair: ModulePair) -> list[Row]:
 
 def different_shapes(probe: Probe) -> list[Row]:
     """Rows for the outputs whose shapes differ, so that nothing else can be compared."""
-    evaluation = probe.calls["evaluation"]
-    flax, torch = evaluation.flax.outputs, evaluation.torch.outputs
-    names = [name for name in flax if flax[name].shape != torch[name].shape]
-    seen = {
-        FLAX: {Name("output", name): np.zeros(flax[name].shape) for name in names},
-        TORCH: {Name("output", name): torch[name] for name in names},
-    }
-    return compare_observations("evaluation", (FLAX, TORCH), seen, EXACT)
+    rows: list[Row] = []
+    for phase, calls in probe.calls.items():
+        flax, torch = calls.flax.outputs, calls.torch.outputs
+        known = {row.name.path for row in rows}
+        names = [n for n in flax if n not in known and flax[n].shape != torch[n].shape]
+        seen = {
+            FLAX: {Name("output", name): np.zeros(flax[name].shape) for name in names},
+            TORCH: {Name("output", name): torch[name] for name in names},
+        }
+        rows += compare_observations(phase, (FLAX, TORCH), seen, EXACT)
+    return rows
 
 
 def compare_phases(

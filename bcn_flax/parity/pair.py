@@ -21,7 +21,14 @@ from bcn_flax.parity.flax_side import (
     Module,
     flax_model,
 )
-from bcn_flax.parity.protocol import Optimizer, float64_enabled, observation, to_float64
+from bcn_flax.parity.protocol import (
+    Arguments,
+    Optimizer,
+    float64_enabled,
+    observation,
+    split_arguments,
+    to_float64,
+)
 from bcn_flax.parity.torch_side import AXES, Axes, TorchRun, TorchSide
 
 Weights = Literal["torch", "flax", "own", "random"]
@@ -57,7 +64,7 @@ class Probe(NamedTuple):
 
     Attributes:
         inputs: of the calls.
-        calls: "evaluation" and "training".
+        calls: "evaluation", and "training" if the modules are trained.
         modules: those that have a counterpart.
         constants: the parameters and statistics that have a single value each, as in a fresh
             module.
@@ -100,18 +107,21 @@ class ModulePair(NamedTuple):
         flax, torch = self.flax.widened(), copy.deepcopy(self.torch).double()
         return self._replace(flax=flax, torch=torch, match=_matched(flax, torch, self.matcher))
 
-    def probe(self, inputs: Sequence[Array]) -> Probe:
-        """Call each module once in evaluation and once in training."""
+    def probe(self, inputs: Sequence[Array], *, train: bool = True) -> Probe:
+        """Call each module once in evaluation and, if they are trained, once in training."""
         if self.flax.wide:
             inputs = to_float64(inputs)
         calls = {
             mode: Calls(
                 self.flax.trace(inputs, mode == "training"),
-                torch_side.run(self.torch, inputs, self.axes, mode == "training"),
+                torch_side.run(
+                    self.torch, self.flax.arguments, inputs, self.axes, mode == "training"
+                ),
             )
-            for mode in ("evaluation", "training")
+            for mode in ("evaluation", "training")[: 1 + train]
         }
-        flax, torch = calls["training"].flax.modules, dict(self.torch.named_modules())
+        flax = {path: part for c in calls.values() for path, part in c.flax.modules.items()}
+        torch = dict(self.torch.named_modules())
         modules = [
             PairedModule(path, flax.get(path), name, torch[name])
             for path, name in self._counterparts().items()
@@ -123,7 +133,14 @@ class ModulePair(NamedTuple):
     def new_flax_side(self, optimizer: Optimizer, *, jit: bool = True) -> FlaxSide:
         """Flax's module, to be trained."""
         flax = self.flax
-        return FlaxSide(flax.forward, flax.variables, optimizer.flax, jit=jit, wide=flax.wide)
+        return FlaxSide(
+            flax.forward,
+            flax.variables,
+            optimizer.flax,
+            jit=jit,
+            wide=flax.wide,
+            arguments=flax.arguments,
+        )
 
     def new_torch_side(
         self, optimizer: Optimizer, *, perturbation: float | None = None
@@ -132,6 +149,7 @@ class ModulePair(NamedTuple):
         return TorchSide(
             self.torch,
             self.match,
+            self.flax.arguments,
             self.axes,
             optimizer,
             wide=self.flax.wide,
@@ -161,6 +179,7 @@ def module_pair(
     torch: Any,
     inputs: Sequence[Array],
     *,
+    arguments: Arguments | None = None,
     weights: Weights = "torch",
     variables: Variables | None = None,
     call: Call | None = None,
@@ -170,13 +189,16 @@ def module_pair(
 ) -> ModulePair:
     """Give both modules the same weights; see `compare` for the arguments.
 
+    `arguments` says how the inputs become the arguments of a call; by default each is one.
+
     Raises:
         ValueError: the weights do not match, `weights` and `variables` contradict each other, or
             inputs and modules are of different precision.
     """
     _require_variables_if_used(flax, weights, variables)
     wide = _computes_in_float64(torch, inputs)
-    model = flax_model(flax, nn.unbox(variables), inputs, call, wide=wide)
+    arguments = arguments or split_arguments("inputs", tuple(inputs))[0]
+    model = flax_model(flax, nn.unbox(variables), arguments, inputs, call, wide=wide)
     torch = torch_side.trainable(torch)
     matched = _matched(model, torch, matcher)
     if weights == "random":

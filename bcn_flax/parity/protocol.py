@@ -1,7 +1,9 @@
 """What implementations of one model share: what they are given, and what they show in return."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -10,7 +12,8 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
-from bcn_flax.interop.layouts import Array, Path, path_name
+from bcn_flax.interop import layouts
+from bcn_flax.interop.layouts import Array, Path, is_array, path_name
 from bcn_flax.interop.trees import Variables
 
 
@@ -19,7 +22,8 @@ class Name(NamedTuple):
 
     Attributes:
         quantity: "output", "input gradient", "gradient", "statistic" or "parameter".
-        path: in Flax, such as `batch_norm/mean`; the number of an input or output, if several.
+        path: in Flax, such as `batch_norm/mean`; the name or number of an input, and the number of
+            an output, if there are several.
     """
 
     quantity: str
@@ -45,7 +49,7 @@ class Implementation(Protocol):
         """Run forward and backward; in training, take a step of the optimizer.
 
         Args:
-            inputs: in Flax's order of axes.
+            inputs: the arrays, in Flax's order of axes; those of dictionaries by key, in order.
             output_gradients: of each output, in Flax's order of axes.
             train: whether this is training.
 
@@ -86,8 +90,127 @@ def observation(
     }
 
 
+class _Place(NamedTuple):
+    """Where an array is among the arguments of a call: its number among the arrays."""
+
+    number: int
+
+
+class Arguments(NamedTuple):
+    """How arrays become the arguments of a call, the same on both sides.
+
+    Attributes:
+        names: of the arrays, such as "1", "mask" or "batch/mask"; "" of a single one.
+        positional: the arguments, with a place for each array.
+        keywords: the keyword arguments by Flax's names, with a place for each array.
+        torch_names: PyTorch's names of keyword arguments that have other names there, by Flax's.
+    """
+
+    names: tuple[str, ...]
+    positional: tuple[Any, ...]
+    keywords: Mapping[str, Any] = MappingProxyType({})
+    torch_names: Mapping[str, str] = MappingProxyType({})
+
+    def named(self, arrays: Sequence[Any]) -> dict[str, Any]:
+        """The arrays by name."""
+        return dict(zip(self.names, arrays, strict=True))
+
+    def flax(self, arrays: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The positional and the keyword arguments of Flax's module."""
+        return _filled([*self.positional], arrays), _filled(dict(self.keywords), arrays)
+
+    def __str__(self) -> str:
+        """As they are written in Python, with the names of the arrays."""
+        named = [f"array {name}".rstrip() for name in self.names]
+        positional, keywords = self.flax(named)
+        return ", ".join([*map(str, positional), *(f"{k}={x}" for k, x in keywords.items())])
+
+    def torch(self, arrays: Sequence[Any]) -> tuple[list[Any], dict[str, Any]]:
+        """The positional and the keyword arguments of PyTorch's module."""
+        positional, keywords = self.flax(arrays)
+        return positional, {self.torch_names.get(name, name): x for name, x in keywords.items()}
+
+
+def split_arguments(
+    name: str, inputs: Any, torch_names: Mapping[str, str] | None = None
+) -> tuple[Arguments, list[Array]]:
+    """The arrays of a call, and how they become its arguments.
+
+    Args:
+        name: of the inputs, for messages.
+        inputs: an array; a tuple of positional arguments; or a dictionary of keyword arguments.
+            Each may be an array, a plain value such as None, or a nested structure of these.
+        torch_names: PyTorch's names of keyword arguments, by Flax's.
+
+    Raises:
+        ValueError: something else is among the inputs, or a name in `torch_names` is none of them.
+    """
+    named = isinstance(inputs, Mapping)
+    given = plain(inputs if named else inputs if isinstance(inputs, tuple) else (inputs,))
+    leaves, structure = jax.tree.flatten_with_path(given)
+    unknown = [x for _, x in leaves if not is_array(x) and not isinstance(x, _PLAIN)]
+    unknown += [key for key in given if named and not isinstance(key, str)]
+    if isinstance(inputs, list) or unknown:
+        found = inputs if isinstance(inputs, list) else unknown[0]
+        raise ValueError(
+            f"{name} must be an array, a tuple of positional arguments, or a dictionary of keyword "
+            "arguments, made of arrays, None, numbers, strings, and lists, tuples and dictionaries "
+            f"of these, but there is a {type(found).__name__}. Pass np.asarray(x) if it is one "
+            "input, tuple(x) if it holds all of them, (x,) if it is the only argument."
+        )
+    other = sorted((torch_names or {}).keys() - (given if named else ()))
+    if other:
+        raise ValueError(
+            "torch_names must give PyTorch's names of keyword arguments by Flax's names, but "
+            f"{other} are not among {[*given] if named else 'the inputs, which have no names'}."
+        )
+    alone = not named and len(given) == 1
+    arrays: list[Array] = []
+    names: list[str] = []
+    places: list[Any] = []
+    for path, x in leaves:
+        places.append(_Place(len(arrays)) if is_array(x) else x)
+        if is_array(x):
+            arrays.append(layouts.to_numpy(x))
+            names.append(jax.tree_util.keystr(path[alone:], simple=True, separator="/"))
+    filled = jax.tree.unflatten(structure, places)
+    positional, keywords = ((), filled) if named else (filled, {})
+    return Arguments((*names,), positional, keywords, torch_names or {}), arrays
+
+
+_PLAIN = (bool, int, float, complex, str)
+
+
+def _filled(tree: Any, arrays: Sequence[Any]) -> Any:
+    """The tree with the arrays in their places."""
+    return jax.tree.map(
+        lambda x: arrays[x.number] if isinstance(x, _Place) else x,
+        tree,
+        is_leaf=lambda x: isinstance(x, _Place),
+    )
+
+
+def plain(tree: Any) -> Any:
+    """Nested data as lists, tuples and dictionaries, as JAX does not look into other mappings.
+
+    A dataclass, such as a model's output, becomes a dictionary of its fields.
+    """
+    if isinstance(tree, Mapping):
+        return {key: plain(x) for key, x in tree.items()}
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type) and not is_array(tree):
+        return {field.name: plain(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
+    if isinstance(tree, list | tuple):
+        return [*map(plain, tree)] if isinstance(tree, list) else (*map(plain, tree),)
+    return tree
+
+
+def output_leaves(outputs: Any) -> list[Any]:
+    """All that a module returns, in an order that both sides share: by position, and by key."""
+    return jax.tree.leaves(plain(outputs))
+
+
 def numbered(values: Sequence[Any]) -> dict[str, Any]:
-    """Inputs or outputs by name: the number, or nothing if there is only one."""
+    """Outputs by name: the number, or nothing if there is only one."""
     return {str(i) if len(values) > 1 else "": value for i, value in enumerate(values)}
 
 

@@ -1,11 +1,14 @@
 """The result of a comparison, which prints as a report."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from math import inf
+from math import inf, isfinite
+from typing import Any
 
 from bcn_flax import interop
+from bcn_flax.interop.layouts import path_name
 from bcn_flax.parity.errors import Row, Worst
 from bcn_flax.parity.protocol import QUANTITIES
 
@@ -22,12 +25,14 @@ class Comparison:
         match: which of PyTorch's tensors is which of Flax's variables.
         notes: what a reader should know.
         hints: what may explain the difference; if there is none, which settings differ.
+        seconds: that the comparison took, compilation included.
     """
 
     rows: tuple[Row, ...]
     match: interop.Match
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
+    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -39,7 +44,51 @@ class Comparison:
         verdict = _agreement(self.rows) if self.passed else _differences(self.rows)
         hints = _explained(self.hints, self.passed)
         parts = [verdict, *hints, _table(self.rows), *_factors(self.rows)]
-        return "\n\n".join([*parts, *self.notes])
+        return "\n\n".join([*parts, *self.notes, f"Compared in {self.seconds:.1f} seconds."])
+
+    def to_json(self) -> str:
+        """The comparison as JSON: whether it passed, hints, notes, weights and a list of rows.
+
+        Numbers that are not finite are the strings "inf", "-inf" and "nan".
+        """
+        plain = {
+            "passed": self.passed,
+            "seconds": self.seconds,
+            "hints": self.hints,
+            "notes": self.notes,
+            "weights": {pair.name: path_name(pair.path) for pair in self.match.pairs},
+            "rows": [_plain_row(row) for row in self.rows],
+        }
+        return json.dumps(plain, indent=1, allow_nan=False)
+
+
+def _plain_row(row: Row) -> dict[str, Any]:
+    """A row as plain data."""
+    accuracy = row.accuracy
+    return {
+        "phase": row.phase,
+        "implementations": row.implementations,
+        "quantity": row.name.quantity,
+        "path": row.name.path,
+        "passed": row.passed,
+        "dtype": str(row.dtype),
+        "absolute": _number(row.error.absolute.error),
+        "relative": _number(row.error.relative.error),
+        "ulps": _number(row.error.ulps.error),
+        "scale": _number(row.error.scale),
+        "mismatch": row.error.mismatch,
+        "of_allowed": _number(row.worst.error),
+        "place": row.worst.place,
+        "values": [*map(_number, row.values)],
+        "allowed": _number(row.allowed),
+        "tolerance": row.tolerance._asdict() if row.tolerance else None,
+        "accuracy": {k: _number(x) for k, x in accuracy._asdict().items()} if accuracy else None,
+    }
+
+
+def _number(x: float) -> float | str:
+    """A number that JSON can hold."""
+    return float(x) if isfinite(x) else str(float(x))
 
 
 def _agreement(rows: Sequence[Row]) -> str:

@@ -1,7 +1,8 @@
 """The PyTorch side: a module, with its arrays under Flax's names and in Flax's layouts."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,11 +12,13 @@ import numpy as np
 from bcn_flax.interop import Match, layouts
 from bcn_flax.interop.layouts import Array
 from bcn_flax.parity.protocol import (
+    Arguments,
     Observation,
     Optimizer,
     float64_enabled,
     numbered,
     observation,
+    output_leaves,
 )
 
 
@@ -59,9 +62,9 @@ def _axis_order(axes: Axes, name: str, rank: int) -> AxisOrder:
         raise ValueError(
             "The order of axes must be known for every input and output, but the "
             f"{name} has {rank} axes, for which there is no rule. Pass "
-            f"axes={{**AXES, {rank}: SAME}} if PyTorch's module has them in the same order, "
-            f"axes={{**AXES, {rank}: CHANNELS}} if its channels are the second axis, or an entry "
-            f"for {name!r} alone."
+            f"axes={{{rank}: SAME}} if PyTorch's module has them in the same order, "
+            f"axes={{{rank}: CHANNELS}} if its channels are the second axis, or an entry for "
+            f"{name!r} alone."
         )
     return order
 
@@ -82,7 +85,9 @@ class TorchRun(NamedTuple):
     narrows: bool
 
 
-def run(module: Any, inputs: Sequence[Array], axes: Axes, train: bool) -> TorchRun:
+def run(
+    module: Any, arguments: Arguments, inputs: Sequence[Array], axes: Axes, train: bool
+) -> TorchRun:
     """Call a copy of the module once, and record what it does."""
     import torch
     from torch.overrides import TorchFunctionMode
@@ -107,18 +112,17 @@ def run(module: Any, inputs: Sequence[Array], axes: Axes, train: bool) -> TorchR
     def recorder(name: str) -> Callable[..., None]:
         def record(_module: Any, _inputs: Any, outputs: Any) -> None:
             # These are copies, since another module may write into the tensors.
-            leaves = [y for y in jax.tree.leaves(outputs) if hasattr(y, "detach")]
-            returned.setdefault(name, list(map(layouts.to_numpy, leaves)))
+            returned.setdefault(name, list(map(layouts.to_numpy, _tensors_of(outputs))))
 
         return record
 
     for name, part in module.named_modules():
         part.register_forward_hook(recorder(name))
-    given = _tensors(module, inputs, axes)
+    given = _tensors(module, arguments.named(inputs), axes)
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
         with Watch() as watch:
-            outputs = _outputs(module, [*given.values()])
+            outputs = _outputs(module, arguments, [*given.values()])
         random = not torch.equal(before, torch.get_rng_state())
     flax_outputs = {name: _in_flax_order(f"output {name}", y, axes) for name, y in outputs.items()}
     return TorchRun(flax_outputs, returned, random, watch.narrows)
@@ -176,8 +180,8 @@ class Perturbation:
 
     def _perturbed(self, outputs: Any) -> Any:
         """The outputs, perturbed, as their gradients will be."""
-        outputs = jax.tree.map(self, outputs)
-        for y in jax.tree.leaves(outputs):
+        outputs = _map_tensors(self, outputs)
+        for y in output_leaves(outputs):
             if is_floating(y) and y.requires_grad:
                 y.register_hook(self)
         return outputs
@@ -193,6 +197,7 @@ class TorchSide:
         self,
         module: Any,
         matched: Match,
+        arguments: Arguments,
         axes: Axes,
         optimizer: Optimizer,
         *,
@@ -204,13 +209,15 @@ class TorchSide:
         Args:
             module: is not changed.
             matched: which of its tensors is which of Flax's variables.
+            arguments: how the input arrays become the arguments of a call.
             axes: the order of the axes of inputs and outputs.
             optimizer: of its parameters.
             wide: whether the module and its inputs are in float64.
             perturbation: the relative error by which to perturb the inputs, the parameters, what
                 the parts of the module return, and the steps; None for none.
         """
-        self._module, self._matched, self._axes = copy.deepcopy(module), matched, axes
+        self._module, self._matched = copy.deepcopy(module), matched
+        self._arguments, self._axes = arguments, axes
         self._wide = wide
         self._perturb = None if perturbation is None else Perturbation(perturbation)
         if self._perturb is not None:
@@ -236,19 +243,21 @@ class TorchSide:
 
         self._module.train(train)
         self._module.zero_grad()
-        given = _tensors(self._module, inputs, self._axes)
+        given = _tensors(self._module, self._arguments.named(inputs), self._axes)
         if self._perturb is not None:
             given = {name: self._perturb(x) for name, x in given.items()}
         for x in given.values():
             x.requires_grad_(x.is_floating_point())
         # A module may write into its inputs, which PyTorch refuses if these are leaves.
-        outputs = _outputs(self._module, [x.clone() for x in given.values()])
+        outputs = _outputs(self._module, self._arguments, [x.clone() for x in given.values()])
         gradients = {
-            name: _tensor(f"output {name}", dy, self._axes, outputs[name])
-            for name, dy in numbered(output_gradients).items()
-            if outputs[name].requires_grad
+            name: _tensor(f"output {name}", dy, self._axes, y)
+            for (name, y), dy in zip(outputs.items(), output_gradients, strict=True)
+            if y.requires_grad
         }
-        torch.autograd.backward([outputs[name] for name in gradients], [*gradients.values()])
+        # An output of another shape has no gradient, so that the shapes can be reported.
+        fitting = {name: dy for name, dy in gradients.items() if dy.shape == outputs[name].shape}
+        torch.autograd.backward([outputs[name] for name in fitting], [*fitting.values()])
         # A tied parameter has several names, and the match may have chosen any of them.
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
         gradient = {name: _gradient(p).clone() for name, p in parameters.items()}
@@ -274,14 +283,14 @@ class TorchSide:
             self._perturb.step(self._optimizer, self._parameters, self._error)
 
 
-def _tensors(module: Any, inputs: Sequence[Array], axes: Axes) -> dict[str, Any]:
+def _tensors(module: Any, inputs: Mapping[str, Array], axes: Axes) -> dict[str, Any]:
     """The inputs by name, in PyTorch's order of axes and on the module's device."""
     import torch
 
     at = next(module.parameters(), torch.empty(0))
     return {
         name: _tensor(f"input {name}", x, axes, at.new_empty(0, dtype=_torch_dtype(x)))
-        for name, x in numbered(inputs).items()
+        for name, x in inputs.items()
     }
 
 
@@ -290,10 +299,31 @@ def _tensor(name: str, x: Array, axes: Axes, like: Any) -> Any:
     return layouts.array_like(like, np.asarray(moved))
 
 
-def _outputs(module: Any, inputs: Sequence[Any]) -> dict[str, Any]:
+def _outputs(module: Any, arguments: Arguments, inputs: Sequence[Any]) -> dict[str, Any]:
     """The tensors of a module's outputs by name, in the order of Flax's leaves."""
-    leaves = jax.tree.leaves(module(*inputs))
-    return numbered([y for y in leaves if hasattr(y, "detach")])
+    positional, keywords = arguments.torch(inputs)
+    return numbered(_tensors_of(module(*positional, **keywords)))
+
+
+def _tensors_of(outputs: Any) -> list[Any]:
+    """The tensors that a module returns."""
+    return [y for y in output_leaves(outputs) if hasattr(y, "detach")]
+
+
+def _map_tensors(function: Callable[[Any], Any], outputs: Any) -> Any:
+    """What a module returns, with the function applied to each tensor."""
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        names = [field.name for field in dataclasses.fields(outputs) if field.init]
+        new = {name: _map_tensors(function, getattr(outputs, name)) for name in names}
+        return dataclasses.replace(outputs, **new)
+    if isinstance(outputs, MutableMapping):
+        mapped = copy.copy(outputs)
+        mapped.update({key: _map_tensors(function, y) for key, y in outputs.items()})
+        return mapped
+    if isinstance(outputs, list | tuple):
+        made = [_map_tensors(function, y) for y in outputs]
+        return getattr(type(outputs), "_make", type(outputs))(made)
+    return function(outputs)
 
 
 def _in_flax_order(name: str, x: Any, axes: Axes) -> Array:
