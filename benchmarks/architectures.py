@@ -394,16 +394,12 @@ def tried(architecture: Architecture, limit: float) -> Outcome:
     """Make a model and try it, but no longer than so many seconds."""
     torch.set_num_threads(1)  # so that the seconds of the processor are those of a quiet machine
     torch.manual_seed(0)
-    model = architecture.make().double().eval()
-    fill(model)
-    outcome = Outcome(
-        {
-            "architecture": architecture.name,
-            "batch norms": len(batch_norms(model)),
-            "convolutions": len(convolutions(model)),
-        }
-    )
+    outcome = Outcome({"architecture": architecture.name, "batch norms": 0, "convolutions": 0})
     try:
+        model = architecture.make().double().eval()
+        fill(model)
+        outcome.cells["batch norms"] = len(batch_norms(model))
+        outcome.cells["convolutions"] = len(convolutions(model))
         with limited(limit):
             attempt(model, architecture.shape, outcome)
     except Slow:
