@@ -1,7 +1,8 @@
-"""Short runs of the training script, of networks that compile fast."""
+"""Short runs of the training script: few images, and networks that compile fast."""
 
 import dataclasses
 from contextlib import contextmanager
+from functools import cache
 
 import jax
 import pytest
@@ -13,16 +14,29 @@ CACHE = {
 }
 
 
+@cache
+def all_digits():
+    """The digits, also where `small_networks` has replaced them."""
+    from training import data
+
+    return data.digits()
+
+
 @contextmanager
-def small_networks(epochs=2):
-    """Let the recipes have one small convolution."""
-    from training.config import RECIPES  # not for every test: it imports much
+def small_networks(epochs=2, images=200):
+    """Let the recipes have one small convolution, and the digits so few images to train on."""
+    from training import data  # not for every test: it imports much
+    from training.config import RECIPES
+
+    train, test, classes = all_digits()
+    few = data.Dataset(*(data.Split(x[:images], y[:images]) for x, y in (train, test)), classes)
 
     # Initializers compile several times as fast with this generator.
     with pytest.MonkeyPatch.context() as patch, jax.default_prng_impl("rbg"):
         for name, recipe in list(RECIPES.items()):
             small = dataclasses.replace(recipe, blocks=((8,),), groups=4, epochs=epochs)
             patch.setitem(RECIPES, name, small)
+        patch.setattr(data, "digits", lambda: few)
         yield
 
 

@@ -1,6 +1,7 @@
 """Recipes, the command line and its help, and which values are refused."""
 
 import dataclasses
+import inspect
 import math
 import sys
 from pathlib import Path
@@ -9,6 +10,10 @@ import pytest
 import tyro
 
 import train_cifar
+from parity_tests import test_training_devices as devices
+from parity_tests import test_training_resume as resume
+from parity_tests import test_training_script as script
+from parity_tests import test_training_step as step
 from parity_tests.test_training_data import message
 from training import config as configuration
 from training.config import RECIPES, Config, Recipe
@@ -69,6 +74,29 @@ def test_the_command_line_wins():
     config = tyro.cli(Config, args=["--norm", "gn", "--no-ws", "--optimizer", "sgd", *words])
     assert (config.norm, config.ws, config.optimizer) == ("gn", False, "sgd")
     assert said.items() <= dataclasses.asdict(configuration.resolve(config)).items()
+
+
+# The tests of the options that decide neither the network nor a step.
+ELSEWHERE = {
+    "data_dir": script.test_cifar10_from_end_to_end,
+    "output": script.test_cifar10_from_end_to_end,
+    "resume": resume.test_resuming_without_a_run_starts_one,
+    "checkpoint_every": script.runs,
+    "eval_only": resume.test_the_last_and_the_best_checkpoint_are_evaluated,
+    "predict": resume.test_a_picture_is_classified_as_in_training,
+    "distributed": devices.test_processes_that_cannot_be_found_are_reported,
+    "coordinator": devices.test_each_process_is_told_where_it_belongs,
+    "num_processes": devices.test_each_process_is_told_where_it_belongs,
+    "process_id": devices.test_each_process_is_told_where_it_belongs,
+    "tensorboard": script.test_cifar10_from_end_to_end,
+}
+
+
+def test_every_option_is_in_a_test():
+    options = {field.name for field in dataclasses.fields(Config)}
+    assert options == {*step.OPTIONS, *script.NETWORK_OPTIONS, *ELSEWHERE}
+    for name, test in ELSEWHERE.items():
+        assert f"{name}=" in inspect.getsource(test)
 
 
 DEFAULT = "Omit it for the default."

@@ -80,6 +80,20 @@ def test_processes_that_cannot_be_found_are_reported():
         train_cifar.main(Config(distributed=True))
 
 
+def test_each_process_is_told_where_it_belongs(monkeypatch):
+    calls = []
+
+    def initialize(*args):
+        calls.append(args)
+        raise RuntimeError("nobody there.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    config = Config(coordinator="10.0.0.1:1234", num_processes=3, process_id=2)
+    with pytest.raises(TrainingError, match=r"by 10\.0\.0\.1:1234: nobody there\. Pass --coord"):
+        train_cifar.main(config)
+    assert calls == [("10.0.0.1:1234", 3, 2)]
+
+
 PROCESS = """
 import dataclasses, sys
 import train_cifar

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 import runpy
@@ -20,18 +19,18 @@ from flax import linen as nn
 
 import train_cifar
 from bcn_flax import BatchChannelNorm, BatchNorm, WSConv
-from bcn_flax.models import ResNet
+from bcn_flax.models import VGG, ResNet
 from parity_tests.small_runs import small_networks
 from parity_tests.test_training_data import message, write_cifar10
-from train_cifar import State, Trainer
+from parity_tests.test_training_step import in_pairs
+from train_cifar import Trainer
 from training import TrainingError, data
 from training import config as configuration
+from training.checkpoints import Checkpoints
 from training.config import Config, Recipe
-from training.data import Split
 from training.devices import Placement
 
 ROOT = Path(train_cifar.__file__).parent
-KEY = jax.random.key(0)
 TIMES = {"seconds", "images_per_second"}
 
 
@@ -42,15 +41,18 @@ def _in_its_own_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, compiled_once):
-    """Two runs alike: their folders, the metrics of their last epochs, how often each traced."""
+    """Two runs alike: their folder, the metrics of their last epochs, the traces, the saves."""
     folder = tmp_path_factory.mktemp("runs")
-    traces = []
-    shift = data.random_shift
+    traces, saves = [], []
+    shift, save = data.random_shift, Checkpoints.save
     with pytest.MonkeyPatch.context() as patch, small_networks():
         patch.chdir(folder)
         patch.setattr(data, "random_shift", lambda *args: traces.append(1) or shift(*args))
-        metrics = [train_cifar.main(Config(devices=1)) for _ in range(2)]
-    return folder / "runs", metrics, len(traces)
+        patch.setattr(Checkpoints, "save", lambda *args: saves.append(args[1]) or save(*args))
+        metrics = [
+            train_cifar.main(Config(devices=1, checkpoint_every=steps)) for steps in (1000, 4)
+        ]
+    return folder / "runs", metrics, len(traces), saves
 
 
 def trainer_of(images=None, **options):
@@ -74,7 +76,7 @@ def few_steps(trainer, steps=3):
 
 
 def test_a_run_leaves_its_results(runs):
-    folder, (last, _), _ = runs
+    folder, (last, _), *_ = runs
     folder = folder / "digits-bcn-ws-batch32-seed0"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -90,15 +92,20 @@ def test_a_run_leaves_its_results(runs):
 
 
 def test_the_same_seed_gives_the_same_metrics_in_another_folder(runs):
-    folder, (one, same), _ = runs
+    folder, (one, same), *_ = runs
     assert all(one[name] == same[name] for name in one.keys() - TIMES)
     name = "digits-bcn-ws-batch32-seed0"
     assert sorted(path.name for path in folder.iterdir()) == [name, f"{name}-2"]
 
 
 def test_the_step_is_traced_once_in_a_run(runs):
-    _, metrics, traces = runs
+    _, metrics, traces, _ = runs
     assert traces == len(metrics)
+
+
+def test_checkpoints_are_saved_after_so_many_steps_and_after_each_epoch(runs):
+    *_, saves = runs
+    assert saves == [*(6, 12), *(4, 6, 8, 12, 12)]
 
 
 def test_cifar10_from_end_to_end(small, tmp_path, capsys):
@@ -106,29 +113,19 @@ def test_cifar10_from_end_to_end(small, tmp_path, capsys):
     config = Config(
         dataset="cifar10", data_dir=tmp_path / "cifar", batch_size=8, epochs=1, devices=1
     )
-    last = train_cifar.main(dataclasses.replace(config, output=Path("here")))
-    assert math.isfinite(last["test_loss"])
+    config = dataclasses.replace(config, output=Path("here"), tensorboard=True)
+    last = train_cifar.main(config)
     assert Path("here/metrics.jsonl").exists()
+    assert len([*Path("here").glob("events.out.tfevents.*")]) == 1
     printed = capsys.readouterr().out.splitlines()
+    again = train_cifar.main(dataclasses.replace(config, eval_only=True))
+    assert again == {name: last[name] for name in ("test_loss", "test_accuracy")} | {"step": 2}
     assert "20 training and 4 held-out images" in printed
     assert any(re.fullmatch(r"compiled 4 programs in [\d.]+ s", line) for line in printed)
     assert printed[-2].split()[0] == "1"
     assert re.fullmatch(
         r"[\d,]+ parameters, [\d,]+ images/s, [\d,]+ MiB of memory; results in here", printed[-1]
     )
-
-
-@pytest.mark.parametrize(("dataset", "expected"), [("cifar10", 1), ("digits", 0)])
-def test_photographs_are_mirrored_and_digits_are_not(small, monkeypatch, dataset, expected):
-    flips = []
-    flip = data.random_flip
-    monkeypatch.setattr(data, "random_flip", lambda *args: flips.append(1) or flip(*args))
-    train = Split(jnp.zeros((8, 8, 8, 3), jnp.uint8), jnp.zeros(8, jnp.int32))
-
-    tiny = data.Dataset(train, train, tuple("0123456789"))
-    trainer = trainer_of(tiny, dataset=dataset, batch_size=4)
-    _ = trainer.step
-    assert len(flips) == expected
 
 
 # Reproducibility
@@ -140,86 +137,6 @@ def test_the_seed_decides_every_bit_of_the_state(small):
     jax.tree.map(np.testing.assert_array_equal, one, same)
     assert (one.params["fc"]["kernel"] != other.params["fc"]["kernel"]).all()
     assert (one.key != other.key).any()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"norm": "bcn", "estimate": False},
-        {"norm": "bn"},
-        {"norm": "gn", "optimizer": "sgd", "schedule": "constant"},
-        {"norm": "none", "ws": False},
-        {"dtype": "bfloat16", "clip_norm": 1.0, "weight_decay": 0.1, "label_smoothing": 0.1},
-    ],
-    ids=str,
-)
-def test_every_norm_trains_on_single_images(small, options):
-    state, loss = few_steps(trainer_of(batch_size=1, **options))
-    assert math.isfinite(loss)
-    assert state.step == 3
-    assert bool(state.batch_stats) == (options.get("norm", "bcn") in ("bcn", "bn"))
-
-
-# One epoch
-
-
-class IndexModel:
-    """Notes which images it is trained on: image `i` is a single pixel of value `i`."""
-
-    def __init__(self):
-        self.seen = []
-
-    def apply(self, variables, x, train, mutable):
-        pixels = jnp.round((x[:, 0, 0, 0] + 1) * 127.5).astype(jnp.int32)
-        jax.debug.callback(lambda batch: self.seen.append(batch.tolist()), pixels, ordered=True)
-        return variables["params"] * jnp.ones((len(x), 10)), {}
-
-
-def test_an_epoch_takes_each_image_once_in_a_new_order_and_drops_the_rest():
-    n, model = 23, IndexModel()
-    config = Config(batch_size=4, optimizer="sgd", learning_rate=0.1, schedule="constant")
-    recipe = dataclasses.replace(configuration.resolve(config), shift=0)
-    optimizer = train_cifar.make_optimizer(config, recipe, 10)
-    images = jnp.arange(n, dtype=jnp.uint8).reshape(n, 1, 1, 1)
-    train = Split(images, jnp.zeros(n, jnp.int32))
-    params, totals = jnp.ones((1, 1)), train_cifar.no_totals()
-    step, order = jnp.zeros((), jnp.int32), jnp.arange(n)
-    state = State(params, {}, optimizer.init(params), step, KEY, order, totals)
-    step = jax.jit(train_cifar.make_step(model, optimizer, config, recipe, lambda batch: batch))
-    for _ in range(2):
-        state = train_cifar.begin_epoch(state)
-        for _ in range(recipe.steps(n)):
-            state = step(state, train)
-    jax.effects_barrier()
-    first, second = np.array(model.seen[:5]), np.array(model.seen[5:])
-    assert first.shape == second.shape == (5, 4)
-    for epoch in first, second:
-        assert len(set(epoch.ravel())) == 20
-    assert (first != second).any()
-    assert set(first.ravel()) != set(second.ravel())
-    assert (first.ravel() != np.sort(first.ravel())).any()
-
-
-def test_micro_batches_are_one_step_of_their_average_gradient(small):
-    """Without a norm by the batch, they compute what the batch does; estimates move with each."""
-    options = {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "constant", "batch_size": 8}
-    whole, _ = few_steps(trainer_of(norm="gn", **options), steps=1)
-    trainer = trainer_of(norm="gn", micro_batch=2, **options)
-    start = jax.device_get(trainer.first_state.params)
-    before, _ = few_steps(trainer, steps=3)
-    jax.tree.map(np.testing.assert_array_equal, before.params, start)
-    after, _ = few_steps(trainer, steps=4)
-    # Images are shifted by other random numbers, so that steps are alike and not the same.
-    moved, expected = (
-        np.concatenate([(x - y).ravel() for x, y in zip(*map(jax.tree.leaves, pair), strict=True)])
-        for pair in ((after.params, start), (whole.params, start))
-    )
-    assert np.corrcoef(moved, expected)[0, 1] > 0.9
-    assert 0.8 < np.linalg.norm(moved) / np.linalg.norm(expected) < 1.25
-
-    trainer = trainer_of(micro_batch=2, **options)
-    estimates = [few_steps(trainer, n)[0].batch_stats for n in (1, 2)]
-    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, estimates), strict=True))
 
 
 @pytest.mark.parametrize(("norm", "more"), [("bcn", ""), ("none", ", or use a norm")])
@@ -235,71 +152,74 @@ def test_a_loss_that_is_not_finite_stops_training_and_is_not_saved(small, norm, 
     assert not (Path("here") / "metrics.jsonl").read_text()
 
 
-def test_kernels_decay_and_scales_and_biases_do_not():
-    config = Config(weight_decay=0.5, learning_rate=0.1, schedule="constant")
-    params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
-    for optimizer in "adam", "sgd":
-        chosen = dataclasses.replace(config, optimizer=optimizer)
-        tx = train_cifar.make_optimizer(chosen, configuration.resolve(chosen), 4)
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        updates, _ = tx.update(zeros, tx.init(params), params)
-        assert (updates["bias"] == 0).all()
-        assert (updates["kernel"] < -0.04).all()
+# The network
+
+NETWORK_OPTIONS = {
+    "norm": ("bcn", "bn", "gn", "none"),
+    "network": ("vgg", "resnet"),
+    "dataset": ("digits", "cifar10", "cifar100"),
+    "depth": (20, 32),
+    "ws": (True, False),
+    "estimate": (True, False),
+    "groups": (None, 4),
+    "norm_momentum": (None, 0.5),
+    "dtype": ("float32", "bfloat16"),
+    "batch_size": (None, 16),
+}
+PUBLISHED = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)
 
 
-def test_long_gradients_are_scaled_down():
-    config = Config(clip_norm=1.0, optimizer="sgd", learning_rate=1.0, schedule="constant")
-    tx = train_cifar.make_optimizer(config, configuration.resolve(config), 4)
-    params = {"a": jnp.zeros(2)}
-    updates, _ = tx.update({"a": jnp.array([3.0, 4.0])}, tx.init(params), params)
-    # The first step of Nesterov's momentum is 1.9 gradients long.
-    np.testing.assert_allclose(updates["a"], [-1.9 * 0.6, -1.9 * 0.8], rtol=1e-6)
+def norm_of(dataset, network, norm, estimate, groups, norm_momentum, batch_size):
+    """The class and the arguments of the norm that the help promises."""
+    digits = dataset == "digits"
+    groups = groups or (8 if network == "resnet" else 16 if digits else 32)
+    momentum, size = (0.95, 32) if digits else (0.9, 64)
+    momentum = norm_momentum or momentum ** ((batch_size or size) / size)
+    return {
+        "bcn": (
+            BatchChannelNorm,
+            {"num_groups": groups, "estimate": estimate, "momentum": pytest.approx(momentum)},
+        ),
+        "bn": (BatchNorm, {"momentum": pytest.approx(momentum)}),
+        "gn": (nn.GroupNorm, {"num_groups": groups, "epsilon": 1e-5}),
+        "none": None,
+    }[norm]
 
 
-def test_steps_fall_after_a_half_and_after_three_quarters():
-    config = Config(schedule="step", learning_rate=0.5)
-    rate = train_cifar.make_schedule(configuration.resolve(config), 100)
-    np.testing.assert_allclose([rate(n) for n in (49, 51, 74, 76)], [0.5, 0.05, 0.05, 0.005])
+@pytest.mark.parametrize("options", in_pairs(NETWORK_OPTIONS), ids=str)
+def test_the_network_has_the_layers_asked_for(options):
+    config = Config(**options)
+    model = train_cifar.make_model(config, configuration.resolve(config), 7)
+    shared = {
+        "num_classes": 7,
+        "conv": WSConv if config.ws else nn.Conv,
+        "norm": None,
+        "dtype": jnp.dtype(config.dtype),
+    }
+    blocks = ((32, 32), (64, 64)) if config.dataset == "digits" else PUBLISHED
+    resnet = config.network == "resnet"
+    expected = ResNet(config.depth, **shared) if resnet else VGG(blocks, **shared)
+    assert model.clone(norm=None) == expected
+    names = "dataset", "network", "norm", "estimate", "groups", "norm_momentum", "batch_size"
+    norm = model.norm and (model.norm.func, model.norm.keywords)
+    assert norm == norm_of(**{name: options[name] for name in names})
 
 
-def test_smoothed_labels_leave_a_loss_where_the_network_is_sure():
-    logits, labels = jnp.array([[100.0, 0.0]]), jnp.array([0])
-    assert train_cifar.cross_entropy(logits, labels)[0] == 0
-    np.testing.assert_allclose(train_cifar.cross_entropy(logits, labels, 0.1), [5.0], rtol=1e-6)
-
-
-def test_network_resnet_makes_a_resnet():
-    config = Config(network="resnet", depth=32, norm="gn", dtype="bfloat16")
-    recipe = configuration.resolve(config)
-    model = train_cifar.make_model(config, recipe, 100)
-    assert model.clone(norm=None) == ResNet(
-        32, num_classes=100, conv=WSConv, norm=None, dtype=jnp.dtype("bfloat16")
-    )
-    assert model.norm.keywords["num_groups"] == 8
-    folder = configuration.default_folder(config, recipe)
-    assert folder == Path("runs/digits-resnet32-gn-ws-batch32-seed0")
-
-
-@pytest.mark.parametrize(
-    ("norm", "layer", "options"),
-    [
-        ("bcn", BatchChannelNorm, {"num_groups": 16, "estimate": False, "momentum": 0.5}),
-        ("bn", BatchNorm, {"momentum": 0.5}),
-        ("gn", nn.GroupNorm, {"num_groups": 16, "epsilon": 1e-5}),
-    ],
-)
-@pytest.mark.parametrize(("ws", "conv"), [(True, WSConv), (False, nn.Conv)])
-def test_the_network_has_the_layers_asked_for(norm, layer, options, ws, conv):
-    config = Config(norm=norm, ws=ws, estimate=False, norm_momentum=0.5)
-    model = train_cifar.make_model(config, configuration.resolve(config), 10)
-    assert (model.norm.func, model.norm.keywords, model.conv) == (layer, options, conv)
+def test_the_default_folder_is_named_after_the_network_and_the_batch():
+    for options, name in (
+        ({"network": "resnet", "depth": 32, "norm": "gn"}, "digits-resnet32-gn-ws-batch32-seed0"),
+        ({"norm": "none", "ws": False, "micro_batch": 4, "seed": 7}, "digits-none-batch32x4-seed7"),
+    ):
+        config = Config(**options)
+        folder = configuration.default_folder(config, configuration.resolve(config))
+        assert folder == Path("runs") / name
 
 
 # Evaluation
 
 
 def test_evaluation_counts_each_held_out_image_once_and_changes_nothing(small, monkeypatch):
-    monkeypatch.setattr(train_cifar, "EVALUATION_BATCH", 100)  # does not divide 360
+    monkeypatch.setattr(train_cifar, "EVALUATION_BATCH", 64)  # does not divide 200
     trainer, test = trainer_of(), data.digits().test
     state = trainer.first_state
     before = jax.device_get((state.params, state.batch_stats))
@@ -311,24 +231,9 @@ def test_evaluation_counts_each_held_out_image_once_and_changes_nothing(small, m
     apply = jax.jit(model.apply, static_argnames="train")
     logits = apply(variables, data.to_float(test.images), train=False)
     log_probability = np.asarray(jax.nn.log_softmax(logits), np.float64)
-    np.testing.assert_allclose(loss, -log_probability[range(360), test.labels].mean(), rtol=1e-5)
-    assert accuracy == (np.argmax(logits, -1) == test.labels).sum() / 360
+    np.testing.assert_allclose(loss, -log_probability[range(200), test.labels].mean(), rtol=1e-5)
+    assert accuracy == (np.argmax(logits, -1) == test.labels).sum() / 200
     jax.tree.map(np.testing.assert_array_equal, before, (state.params, state.batch_stats))
-
-
-def test_a_cosine_ends_at_0_and_a_constant_rate_does_not():
-    def last_update(schedule, optimizer):
-        config = Config(schedule=schedule, optimizer=optimizer, learning_rate=0.5)
-        tx = train_cifar.make_optimizer(config, configuration.resolve(config), 4)
-        params = jnp.ones(())
-        state = tx.init(params)
-        for _ in range(5):  # the cosine has reached 0 after its 4 steps
-            update, state = tx.update(jnp.ones(()), state, params)
-        return float(update)
-
-    for optimizer in "adam", "sgd":
-        assert last_update("cosine", optimizer) == 0
-        assert last_update("constant", optimizer) < -0.49
 
 
 # The command line

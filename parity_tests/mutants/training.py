@@ -12,8 +12,8 @@ MUTANTS = (
         "start = state.step % recipe.steps(len(state.order)) * recipe.micro_batch",
         "start = state.step % recipe.steps(len(state.order))",
         "The batches of an epoch overlap.",
-        hint="an_epoch_takes_each_image_once",
-        tests=("test_training_script.py",),
+        hint="training_is_what_the_help_says",
+        tests=("test_training_step.py",),
     ),
     Mutant(
         "rate-by-micro-batch",
