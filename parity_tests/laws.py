@@ -495,56 +495,15 @@ def some_hidden(case):
 
 # --- Running estimates ----------------------------------------------------------------------------
 
-VARIANCES = {
-    "biased": lambda x, mean: x.var((0, 1, 2)),
-    "unbiased": lambda x, mean: x.var((0, 1, 2), ddof=1),
-    "around_running_mean": lambda x, mean: np.square(x - mean).mean((0, 1, 2)),
-}
-
-
-def micro_batches_move_the_estimates_one_by_one(case):
-    for name, variance in VARIANCES.items():
-        layer = case.layer.made_with(running_variance=name)
-        statistics = case.statistics
-        mean, var = first(statistics)["mean"], first(statistics)["var"]
-        for half in HALVES:
-            part = case.of(layer).part(half).starting(batch_stats=statistics)
-            _, statistics = output_and_statistics(part)
-            var = MOMENTUM * var + (1 - MOMENTUM) * variance(part.x, mean)
-            mean = MOMENTUM * mean + (1 - MOMENTUM) * part.x.mean((0, 1, 2))
-        assert_same(first(statistics), {"mean": mean, "var": var})
-
-
-def estimates_start_from_mean_0_and_variance_1(case):
-    statistics = jax.jit(case.layer.start)(case.x)["batch_stats"]
-    assert_identical(first(statistics), {"mean": np.zeros(C), "var": np.ones(C)})
-
 
 def evaluation_moves_no_estimates(case):
     assert_identical(observe(case).statistics, case.statistics)
-
-
-def evaluation_may_move_the_estimates_as_training_does(case):
-    updating = case.layer.called_with(use_running_average=True, update_stats=True)
-    expected = observe(evaluating(case)).output, observe(case).statistics
-    assert_same(output_and_statistics(case.of(updating)), expected)
 
 
 def training_by_estimates_is_evaluation_by_those_that_it_leaves(case):
     """Gradients too: none flows through the estimates."""
     seen = observe(case)
     assert_same(seen, observe(evaluating(case).starting(batch_stats=seen.statistics)))
-
-
-def frozen_it_trains_by_its_estimates(case):
-    frozen = case.layer.called_with(update_stats=False)
-    assert_same(output_and_statistics(case.of(frozen)), observe(evaluating(case))[:2])
-
-
-def frozen_it_trains_by_the_batch(case):
-    frozen = case.layer.called_with(update_stats=False)
-    expected = observe(case).output, case.statistics
-    assert_same(output_and_statistics(case.of(frozen)), expected)
 
 
 def a_channel_that_is_not_finite_keeps_its_estimates(case):
@@ -941,13 +900,8 @@ TABLE = {
     what_a_mask_hides_is_normalized_all_the_same: {**SOME, **CHANNEL_NORM},
     nothing_moves_where_nothing_counts: {**SOME, **CHANNEL_NORM},
     a_batch_twice_over_counts_as_one: SOME,
-    micro_batches_move_the_estimates_one_by_one: TWO,
-    estimates_start_from_mean_0_and_variance_1: SOME,
     evaluation_moves_no_estimates: IN_EVALUATION,
-    evaluation_may_move_the_estimates_as_training_does: TWO,
     training_by_estimates_is_evaluation_by_those_that_it_leaves: BY_ESTIMATES,
-    frozen_it_trains_by_its_estimates: only("BatchChannelNorm"),
-    frozen_it_trains_by_the_batch: only("BatchChannelNorm of the batch"),
     a_channel_that_is_not_finite_keeps_its_estimates: WITH_ESTIMATES,
     a_value_that_is_not_finite_is_the_only_one: only(
         "EstimatedBatchNorm", "BatchNorm in evaluation"

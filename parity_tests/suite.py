@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 from parity_tests.cases import CASES
+from parity_tests.contract import CONTRACT
+from parity_tests.kernel_contract import KERNEL_CONTRACT
 from parity_tests.laws import LAWS
 from parity_tests.networks import NETWORKS
 from parity_tests.surgery import SURGERY
@@ -12,8 +14,10 @@ def checks() -> dict[str, Callable[[], object]]:
     """Functions that raise an error if a check fails, by name. Needs PyTorch."""
     from parity_tests import torch_surgery, weights
     from parity_tests.torch_conversions import CONVERSIONS
-    from parity_tests.torch_layers import HALF_PRECISION
+    from parity_tests.torch_layers import HALF_PRECISION, TORCH_CONTRACT
 
     cases = {str(case): case.check for case in CASES}
+    contract = {**CONTRACT, **KERNEL_CONTRACT, **TORCH_CONTRACT}
     surgery = {**SURGERY, **torch_surgery.SURGERY, **CONVERSIONS}
-    return {**cases, **NETWORKS, **HALF_PRECISION, **weights.CHECKS, **LAWS, **surgery}
+    layers = {**contract, **cases, **NETWORKS, **HALF_PRECISION}
+    return {**layers, **weights.CHECKS, **LAWS, **surgery}

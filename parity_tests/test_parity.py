@@ -8,6 +8,7 @@ import pytest
 from bcn_flax.parity import adam
 from parity_tests.cases import CASES, NORMS
 from parity_tests.networks import DEEP, NETWORKS, vgg
+from parity_tests.torch_layers import TORCH_CONTRACT
 
 pytestmark = pytest.mark.torch
 
@@ -18,6 +19,11 @@ def test_layers_agree(case):
     if case.dtype == "float64" and not case.ill_conditioned:
         errors = {row.error.absolute.error / (row.error.scale or 1) for row in comparison.rows}
         assert max(errors) < 1e-12
+
+
+@pytest.mark.parametrize("name", TORCH_CONTRACT)
+def test_the_contract_of_the_norms(name):
+    TORCH_CONTRACT[name]()
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -128,11 +128,12 @@ def test_the_same_seed_draws_the_same_weights_as_pytorchs_layer():
     torch.testing.assert_close(ours.state_dict(), nn.Conv2d(3, 4, 3).state_dict(), rtol=0, atol=0)
 
 
-def test_under_autocast_the_weight_is_standardized_before_it_is_rounded():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_the_weight_is_standardized_before_it_is_rounded(dtype):
     layer = WSConv2d(4, 6, 3)
     with torch.no_grad():
         layer.weight.copy_(weight(6, 4, 3, 3))
-    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
 
     def convolve(w):
         return nn.functional.conv2d(x.bfloat16(), w, layer.bias.bfloat16())
@@ -142,3 +143,23 @@ def test_under_autocast_the_weight_is_standardized_before_it_is_rounded():
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, convolve(standardize_weight(layer.weight).bfloat16()))
     assert not torch.equal(y, convolve(standardize_weight(layer.weight.bfloat16())))
+
+
+@every_layer
+def test_half_precision_input_and_types_are_those_of_pytorchs_layer(
+    ours, theirs, args, kwargs, shape
+):
+    """A layer in half precision standardizes wide and rounds once; types are never mixed."""
+    layer, plain = ours(*args, **kwargs), theirs(*args, **kwargs)
+    with torch.no_grad():
+        layer.weight.copy_(weight(*layer.weight.shape, dtype=torch.float32) + 64)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for made in (layer, plain):
+        with pytest.raises(RuntimeError, match="type"):
+            made(x)
+    layer.bfloat16()
+    plain.bfloat16().load_state_dict(layer.state_dict())
+    plain.weight = nn.Parameter(standardize_weight(layer.weight.float()).bfloat16())
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, plain(x))

@@ -1,11 +1,15 @@
 """PyTorch's layers for the table of cases."""
 
 from collections.abc import Mapping
-from typing import Any
+from operator import attrgetter
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from flax.traverse_util import flatten_dict
 
 import bcn_torch
+from parity_tests import contract, layout
 
 _WORDS = {
     "num_groups": "groups",
@@ -63,6 +67,64 @@ HALF_PRECISION = {
     "PyTorch's estimates stay wide": estimates_stay_wide,
     "PyTorch's weights are standardized wide": weights_are_standardized_wide,
 }
+
+
+class Torch:
+    """bcn_torch, as an implementation of the contract."""
+
+    NAMES: ClassVar = {"scale": "scale", "bias": "shift", "mean": "exp_mean", "var": "exp_var"}
+    OPTIONS: ClassVar = {"momentum", "epsilon", "batch_epsilon", "estimate", "running_variance"}
+    FLAGS: ClassVar = {"use_running_average", "update_stats"}
+
+    def has(self, row: contract.Row) -> bool:
+        """Whether its layer has these arguments."""
+        grouped = row.groups != 32 and not row.mask and row.data.stored == row.data.dtype
+        return grouped and row.options.keys() <= {
+            *(self.OPTIONS | self.FLAGS),
+            "num_groups",
+            "group_size",
+        }
+
+    def roundings(self, row: contract.Row) -> float:
+        """By how many the output may be off: a mean is rounded at its own size."""
+        return row.data.roundings + row.data.far
+
+    def make(self, row: contract.Row) -> tuple[torch.nn.Module, dict[tuple[str, ...], Any]]:
+        """A layer in the mode of the row, and its tensors by Flax's paths."""
+        options = {k: v for k, v in row.options.items() if k in self.OPTIONS}
+        if row.layer in ("ChannelNorm", "BatchChannelNorm"):
+            options["num_groups"] = row.groups
+        flags = {**row.options, **row.call}
+        like = torch.from_numpy(np.empty(0, row.data.dtype))
+        made = layer(row.layer, row.shape, options).to(like.dtype)
+        made.train(not flags.get("use_running_average", False))
+        if "update_stats" in flags:
+            made.update_stats = flags["update_stats"]
+        paths = row.initial(lambda *_: None)
+        return made, {p: attrgetter(".".join([*p[1:-1], self.NAMES[p[-1]]]))(made) for p in paths}
+
+    def start(self, row: contract.Row, x: np.ndarray) -> dict[tuple[str, ...], np.ndarray]:
+        """The initial variables, flat."""
+        made, tensors = self.make(row)
+        assert len(made.state_dict()) == len(tensors)
+        return {path: tensor.detach().numpy() for path, tensor in tensors.items()}
+
+    def see(
+        self, row: contract.Row, variables: Any, x: np.ndarray, dy: np.ndarray, mask: None
+    ) -> contract.Seen:
+        """The results of a call."""
+        made, tensors = self.make(row)
+        for path, value in flatten_dict(variables).items():
+            tensors[path].data.copy_(torch.from_numpy(value))
+        x = layout.to_torch(x).requires_grad_()
+        y = made(x)
+        y.backward(layout.to_torch(dy).to(y.dtype))
+        statistics = {"/".join(p[1:]): v.numpy() for p, v in tensors.items() if not v.requires_grad}
+        gradients = {"/".join(p[1:]): v.grad.numpy() for p, v in tensors.items() if v.requires_grad}
+        return contract.Seen(layout.to_flax(y), statistics, gradients, layout.to_flax(x.grad))
+
+
+TORCH_CONTRACT = contract.checks({"PyTorch": Torch()})
 
 
 class Kept(torch.nn.Module):
