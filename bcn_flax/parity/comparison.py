@@ -22,17 +22,29 @@ from bcn_flax.parity.pair import Probe, Weights, module_pair
 from bcn_flax.parity.protocol import Optimizer, module_name, sgd
 from bcn_flax.parity.report import Comparison
 from bcn_flax.parity.torch_side import AXES, Axes, AxisOrder
+from bcn_flax.parity.widening import WideningError
 
 _SHOWN = 4  # names
+_NO_FLOAT64 = (
+    "There is no comparison in float64, which tells other formulas from roundings, because Flax's"
+)
+_CONCLUSIVE = (
+    "Replace that operation, or pass an `oracle`, which computes the expected values in float64."
+)
 _DETERMINISTIC = (
     "Modules must be deterministic, since the two sides cannot draw the same random numbers, but"
 )
 
 
 def assert_parity(
-    flax_module: Module, torch_module: Any, inputs: Inputs, **options: Any
+    flax_module: Module,
+    torch_module: Any,
+    inputs: Inputs,
+    *,
+    allow_inconclusive: bool = False,
+    **options: Any,
 ) -> Comparison:
-    """Fail if a Flax and a PyTorch module do not compute the same.
+    """Fail unless a Flax and a PyTorch module compute the same.
 
     Example:
         >>> def test_my_port():
@@ -42,6 +54,8 @@ def assert_parity(
         flax_module: of linen or NNX.
         torch_module: with the same architecture.
         inputs: an array, a tuple, or a dictionary of keyword arguments: see `compare`.
+        allow_inconclusive: whether to pass if no difference is found, but the evidence does not
+            suffice to call the modules equal.
         **options: see `compare`.
 
     Returns:
@@ -49,12 +63,13 @@ def assert_parity(
 
     Raises:
         AssertionError: the modules differ; the message says where, by how much, which side is less
-            accurate, and what may explain the difference.
+            accurate, and what may explain the difference. Or the comparison is inconclusive; the
+            message says what is missing, and how to supply it.
         ValueError: the modules cannot be compared; the message says what to do.
     """
     __tracebackhide__ = True
     comparison = compare(flax_module, torch_module, inputs, **options)
-    if not comparison.passed:
+    if not comparison.passed and not (allow_inconclusive and comparison.verdict == "inconclusive"):
         raise AssertionError(str(comparison))
     return comparison
 
@@ -160,27 +175,47 @@ def compare(
     _refuse_random_numbers(probe)
     _require_comparable_outputs(probe)
     precisions = judging.find_precisions(native, plan, precision)
-    narrowing = [] if native.flax.wide or oracle else probe.narrowing
     rows = judging.initial_weights(native) if weights == "own" else []
     misshapen = judging.different_shapes(probe)
     rows += misshapen
+    missing: list[str] = []
     if not misshapen:
-        implementations = judging.make_implementations(
+        make = partial(
+            judging.make_implementations,
             native,
             wide,
             optimizer or sgd(),
             precisions,
             eager=eager,
             oracle=oracle,
-            compare_wide=not (native.flax.wide or oracle or narrowing),
         )
-        rows += judging.compare_phases(plan, native, implementations, precisions, tolerances, rng)
+        judge = partial(
+            judging.compare_phases,
+            plan=plan,
+            native=native,
+            precisions=precisions,
+            tolerances=tolerances,
+            seed=seed,
+        )
+        try:
+            rows += judge(make(compare_wide=not (native.flax.wide or oracle)))
+        except WideningError as error:
+            missing.append(f"{_NO_FLOAT64} {error}. {_CONCLUSIVE}")
+            rows += judge(make(compare_wide=False))
+        if oracle is None:
+            missing += judging.undecided(rows)
     hints = list(different_settings(probe))
     if not all(row.passed for row in rows):
         hints = explanations(wide, probe, hints, rows)
-    notes = _notes(torch_module, probe, weights, narrowing)
-    seconds = time.perf_counter() - started
-    return Comparison(tuple(rows), native.match, tuple(notes), tuple(hints), seconds)
+    notes = _notes(torch_module, probe, weights)
+    return Comparison(
+        tuple(rows),
+        native.match,
+        tuple(notes),
+        tuple(hints),
+        tuple(missing),
+        time.perf_counter() - started,
+    )
 
 
 def _require_modules(flax_module: Any, torch_module: Any) -> None:
@@ -299,16 +334,8 @@ def _require_comparable_outputs(probe: Probe) -> None:
             )
 
 
-def _notes(
-    torch_module: Any, probe: Probe, weights: Weights, narrowing: Sequence[str]
-) -> Iterator[str]:
+def _notes(torch_module: Any, probe: Probe, weights: Weights) -> Iterator[str]:
     """What a reader should know, whether the modules agree or not."""
-    if narrowing:
-        yield (
-            f"Given float64, {' and '.join(narrowing)} still compute{'s' * (len(narrowing) == 1)} "
-            "in a narrower type somewhere, as a cast or a `dtype` says. So there is no comparison "
-            "in float64, and formulas cannot be told from roundings."
-        )
     frozen = [name for name, p in torch_module.named_parameters() if not p.requires_grad]
     if frozen:
         yield f"Trained here, though PyTorch has them frozen: {_listed(frozen)}."

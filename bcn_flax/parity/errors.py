@@ -221,6 +221,11 @@ class Row(NamedTuple):
         """Whether the two agree."""
         return self.worst.error <= 1
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is of a step of training."""
+        return self.phase.startswith("training")
+
 
 class Allowance(NamedTuple):
     """What the allowed errors of one phase follow from; see the equation above.

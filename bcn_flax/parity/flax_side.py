@@ -13,11 +13,11 @@ from flax import linen as nn
 from flax import nnx
 from flax.core.tracers import current_trace
 from flax.errors import InvalidRngError
-from jax.extend.core import jaxprs_in_params
 
 from bcn_flax.interop import trees
 from bcn_flax.interop.layouts import Array, Path, is_array
 from bcn_flax.interop.trees import Variables
+from bcn_flax.parity import widening
 from bcn_flax.parity.protocol import (
     Arguments,
     Observation,
@@ -43,7 +43,6 @@ class FlaxTrace(NamedTuple):
         modules: by path, the modules that were called; for NNX, all modules.
         random: the paths of modules that draw random numbers. If there are any, the rest may be
             missing.
-        narrows: whether a value of float64 becomes narrower.
         run: runs the call and returns the outputs of each module, by path. A module that is called
             several times has those of its first call; one inside of a transformation has none.
     """
@@ -51,7 +50,6 @@ class FlaxTrace(NamedTuple):
     outputs: dict[str, jax.ShapeDtypeStruct]
     modules: dict[Path, Any]
     random: list[Path]
-    narrows: bool
     run: Callable[[], dict[Path, list[Array]]]
 
 
@@ -63,8 +61,9 @@ class FlaxModel(NamedTuple):
         variables: parameters and statistics, or their shapes, in linen's form.
         arguments: how the input arrays become the arguments of a call.
         call: function from `train: bool` to the keyword arguments that depend on it.
-        wide: whether it computes in float64.
+        wide: whether it is given float64.
         forward: the module as a pure function.
+        widened: whether it also computes in float64 what the module narrows.
     """
 
     module: Module
@@ -73,15 +72,19 @@ class FlaxModel(NamedTuple):
     call: Call
     wide: bool
     forward: Forward
+    widened: bool = False
 
     @property
     def leaves(self) -> list[Any]:
         """The parameters and statistics."""
         return jax.tree.leaves(self.variables)
 
-    def widened(self) -> "FlaxModel":
-        """The same module and variables in float64."""
-        return flax_model(self.module, self.variables, self.arguments, [], self.call, wide=True)
+    def in_float64(self) -> "FlaxModel":
+        """The same module and variables, computed in float64 whatever the module narrows."""
+        model = flax_model(self.module, self.variables, self.arguments, [], self.call, wide=True)
+        if isinstance(model.module, nnx.Module):
+            widening.set_wide_dtypes(model.module)
+        return model._replace(forward=widening.wide_dtypes(model.forward), widened=True)
 
     def randomized(self, rng: np.random.Generator) -> "FlaxModel":
         """The same module with different values for all parameters and statistics.
@@ -121,15 +124,18 @@ class FlaxModel(NamedTuple):
                     self.variables, list(inputs)
                 )
             except InvalidRngError:
-                return FlaxTrace({}, called, [*called][-1:], False, dict)
+                return FlaxTrace({}, called, [*called][-1:], dict)
 
         def run() -> dict[Path, list[Array]]:
             with float64_enabled(self.wide):
-                _, returned = traced.lower().compile()(self.variables, list(inputs))
+                compute = traced.lower().compile()
+                if self.widened:
+                    compute = jax.jit(widening.widened_program(traced))
+                _, returned = compute(self.variables, list(inputs))
             return jax.tree.map(np.asarray, returned)
 
         outputs = numbered(traced.out_info[0])
-        return FlaxTrace(outputs, called, random, _narrows(traced.jaxpr.jaxpr), run)
+        return FlaxTrace(outputs, called, random, run)
 
     def _recorded(
         self, called: dict[Path, Any], variables: Variables, inputs: Sequence[Any], *, train: bool
@@ -253,6 +259,7 @@ class FlaxSide:
         *,
         jit: bool,
         wide: bool = False,
+        widened: bool = False,
         arguments: Arguments | None = None,
     ) -> None:
         """Start from the variables.
@@ -262,7 +269,8 @@ class FlaxSide:
             variables: the initial ones.
             optimizer: of the parameters.
             jit: whether to compile the step.
-            wide: whether to compute in float64, which the variables and inputs have then.
+            wide: whether the variables and inputs are of float64.
+            widened: whether to compute in float64 what the module narrows, too.
             arguments: the names of the inputs; by default their numbers.
         """
         self._named = arguments.named if arguments else numbered
@@ -270,7 +278,8 @@ class FlaxSide:
         self._variables = variables
         with float64_enabled(wide):
             self._state = optimizer.init(variables.get("params", {}))
-        self._step = jax.jit(self._compute, static_argnames="train") if jit else self._compute
+        compute = self._widened if widened else self._compute
+        self._step = jax.jit(compute, static_argnames="train") if jit else compute
 
     def __call__(
         self, inputs: Sequence[Array], output_gradients: Sequence[Array], train: bool
@@ -287,6 +296,9 @@ class FlaxSide:
                 gradients,
                 self._variables,
             )
+
+    def _widened(self, *arrays: Any, train: bool) -> Any:
+        return widening.widened(partial(self._compute, train=train))(*arrays)
 
     def _compute(
         self,
@@ -361,21 +373,3 @@ def _recording_class(kind: Any, path: Path, record: Callable[[Path, Any], None])
         return outputs
 
     return type(kind)(kind.__name__, (kind,), {"__call__": call})
-
-
-def _narrows(jaxpr: Any) -> bool:
-    """Whether an operation takes float64 and returns something narrower."""
-    return any(map(_equation_narrows, jaxpr.eqns))
-
-
-def _equation_narrows(equation: Any) -> bool:
-    inner = list(jaxprs_in_params(equation.params))
-    if inner:
-        return any(map(_narrows, inner))
-    given, made = map(_float_types, (equation.invars, equation.outvars))
-    return np.float64 in given and bool(made - {np.float64})
-
-
-def _float_types(variables: Sequence[Any]) -> set[Any]:
-    dtypes = {v.aval.dtype for v in variables if hasattr(v.aval, "dtype")}
-    return {np.dtype(d).type for d in dtypes if jnp.issubdtype(d, jnp.floating)}

@@ -1,7 +1,7 @@
 """Run all implementations of a pair of modules, phase after phase, and compare what they show."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,8 @@ TORCH, TORCH_64, ORACLE = "PyTorch", "PyTorch in float64", "the oracle"
 PERTURBED = "PyTorch, perturbed", "PyTorch, perturbed the other way"
 PERTURBED_64 = "PyTorch, perturbed in float64", "PyTorch, perturbed in float64 the other way"
 _NATIVE = JITTED, EAGER, TORCH  # the others compute in float64
+# An allowed error shows differences if it is less than this share of the largest value.
+_VISIBLE = 0.1
 
 
 class Phase(NamedTuple):
@@ -195,7 +197,13 @@ def make_implementations(
         made[FLAX_64] = wide.new_flax_side(optimizer)
     for precision in precisions if compare_wide else precisions[:1]:
         for name, sign in zip(precision.perturbed, (1, -1), strict=True):
-            made[name] = wide.new_torch_side(optimizer, perturbation=sign * precision.error)
+            # An inaccurate formula of one side is to be found in the precision at hand, not in
+            # float64, which is there to tell other formulas from it.
+            made[name] = wide.new_torch_side(
+                optimizer,
+                perturbation=sign * precision.error,
+                every_operation=precision is precisions.wide,
+            )
     return made
 
 
@@ -227,27 +235,29 @@ def different_shapes(probe: Probe) -> list[Row]:
 
 
 def compare_phases(
+    implementations: Mapping[str, Implementation],
     plan: Sequence[Phase],
     native: ModulePair,
-    implementations: Mapping[str, Implementation],
     precisions: Precisions,
     tolerances: Sequence[Tolerance],
-    rng: np.random.Generator,
+    seed: int,
 ) -> list[Row]:
     """Run all implementations through all phases, and compare them.
 
     Args:
+        implementations: by name.
         plan: the phases.
         native: the modules as they are.
-        implementations: by name.
         precisions: of the modules.
         tolerances: the caller's.
-        rng: for the output gradients.
+        seed: of the output gradients.
 
     Raises:
         ValueError: a tolerance matches no array, or the oracle shows one that the modules do not.
+        WideningError: Flax's module cannot be computed in float64.
     """
     rows: list[Row] = []
+    rng = np.random.default_rng((seed, 1))  # other numbers than those of random weights
     # How far the perturbed implementations have moved at most: they may come back by chance.
     moved: dict[Precision, dict[Name, float]] = {precision: {} for precision in precisions}
     for phase in plan:
@@ -263,6 +273,36 @@ def compare_phases(
         rows += _compare_phase(phase.name, seen, allowed, allowed_wide)
     _require_matches(tolerances, rows)
     return rows
+
+
+def undecided(rows: Sequence[Row]) -> Iterator[str]:
+    """What keeps equal rows from being evidence, and what to do: nothing could have been seen."""
+    sizes: dict[tuple[str, str], float] = {}
+    for row in rows:
+        key = row.phase, row.name.quantity
+        sizes[key] = max(row.error.scale, sizes.get(key, 0.0))
+    visible: dict[tuple[bool, Name], bool] = {}
+    for row in rows:
+        visible.setdefault((row.trains, row.name), False)
+        size = sizes[row.phase, row.name.quantity]
+        # Of values that are 0 or not finite, every difference shows.
+        visible[row.trains, row.name] |= (
+            row.tolerance is not None or not size or row.allowed <= _VISIBLE * size
+        )
+    hidden = list(dict.fromkeys(str(name) for (_, name), seen in visible.items() if not seen))
+    if hidden:
+        yield (
+            f"The error allowed of {', '.join(hidden)} is more than {_VISIBLE:.0%} of the largest "
+            "value, since the model or the optimizer amplifies rounding errors that much. Take a "
+            "smaller learning rate, another optimizer, or other inputs; or pass a Tolerance, with "
+            "a reason."
+        )
+    outputs = [row for row in rows if row.name.quantity == "output" and eps(row.dtype)]
+    if outputs and not any(row.error.scale for row in outputs):
+        yield (
+            "Every output is 0, or not finite, so that it shows nothing of what it is computed "
+            'from. Pass weights="random", or other inputs.'
+        )
 
 
 def _require_matches(tolerances: Sequence[Tolerance], rows: Sequence[Row]) -> None:

@@ -75,13 +75,6 @@ class Probe(NamedTuple):
     modules: list[PairedModule]
     constants: list[str]
 
-    @property
-    def narrowing(self) -> list[str]:
-        """The sides that compute in less than float64 though they are given float64."""
-        flax = any(calls.flax.narrows for calls in self.calls.values())
-        torch = any(calls.torch.narrows for calls in self.calls.values())
-        return ["Flax"] * flax + ["PyTorch"] * torch
-
 
 class ModulePair(NamedTuple):
     """A Flax and a PyTorch module, and what connects them.
@@ -104,7 +97,7 @@ class ModulePair(NamedTuple):
         """The same modules and weights in float64."""
         if self.flax.wide:
             return self
-        flax, torch = self.flax.widened(), copy.deepcopy(self.torch).double()
+        flax, torch = self.flax.in_float64(), copy.deepcopy(self.torch).double()
         return self._replace(flax=flax, torch=torch, match=_matched(flax, torch, self.matcher))
 
     def probe(self, inputs: Sequence[Array], *, train: bool = True) -> Probe:
@@ -115,7 +108,12 @@ class ModulePair(NamedTuple):
             mode: Calls(
                 self.flax.trace(inputs, mode == "training"),
                 torch_side.run(
-                    self.torch, self.flax.arguments, inputs, self.axes, mode == "training"
+                    self.torch,
+                    self.flax.arguments,
+                    inputs,
+                    self.axes,
+                    mode == "training",
+                    widened=self.flax.widened,
                 ),
             )
             for mode in ("evaluation", "training")[: 1 + train]
@@ -139,13 +137,18 @@ class ModulePair(NamedTuple):
             optimizer.flax,
             jit=jit,
             wide=flax.wide,
+            widened=flax.widened,
             arguments=flax.arguments,
         )
 
     def new_torch_side(
-        self, optimizer: Optimizer, *, perturbation: float | None = None
+        self,
+        optimizer: Optimizer,
+        *,
+        perturbation: float | None = None,
+        every_operation: bool = False,
     ) -> TorchSide:
-        """PyTorch's module, to be trained, perturbed by a relative error if one is given."""
+        """PyTorch's module, to be trained; see there for the arguments."""
         return TorchSide(
             self.torch,
             self.match,
@@ -153,7 +156,9 @@ class ModulePair(NamedTuple):
             self.axes,
             optimizer,
             wide=self.flax.wide,
+            widened=self.flax.widened,
             perturbation=perturbation,
+            every_operation=every_operation,
         )
 
     def _counterparts(self) -> dict[Path, str]:

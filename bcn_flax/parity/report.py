@@ -5,15 +5,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import inf, isfinite
-from typing import Any
+from typing import Any, Literal
 
 from bcn_flax import interop
 from bcn_flax.interop.layouts import path_name
-from bcn_flax.parity.errors import Row, Worst
+from bcn_flax.parity.errors import Row, Worst, eps
 from bcn_flax.parity.protocol import QUANTITIES
 
 _SHOWN = 8  # differences; the others usually follow from the first
 _OF_ALLOWED = "of allowed"
+_NEAR = 0.5  # of the allowed error; correct modules use a few percent
+
+Verdict = Literal["equal", "different", "inconclusive"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Comparison:
         match: which of PyTorch's tensors is which of Flax's variables.
         notes: what a reader should know.
         hints: what may explain the difference; if there is none, which settings differ.
+        missing: what the evidence lacks, and how to supply it.
         seconds: that the comparison took, compilation included.
     """
 
@@ -32,27 +36,41 @@ class Comparison:
     match: interop.Match
     notes: tuple[str, ...] = ()
     hints: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
+    def verdict(self) -> Verdict:
+        """Whether the modules compute the same.
+
+        "different" if any array differs by more than is allowed. "equal" if none does, and a
+        difference would have been seen: in float64, or against an oracle. Else "inconclusive".
+        """
+        if not all(row.passed for row in self.rows):
+            return "different"
+        return "inconclusive" if self.missing else "equal"
+
+    @property
     def passed(self) -> bool:
-        """Whether the modules agree in everything."""
-        return all(row.passed for row in self.rows)
+        """Whether the verdict is "equal"."""
+        return self.verdict == "equal"
 
     def __str__(self) -> str:
-        """The differences, if there are any, and a table of the largest errors."""
-        verdict = _agreement(self.rows) if self.passed else _differences(self.rows)
-        hints = _explained(self.hints, self.passed)
-        parts = [verdict, *hints, _table(self.rows), *_factors(self.rows)]
+        """The verdict, the differences if there are any, and a table of the largest errors."""
+        verdict = {"equal": _equal, "different": _differences, "inconclusive": _inconclusive}
+        hints = _explained(self)
+        parts = [verdict[self.verdict](self), *hints, _table(self.rows), *_factors(self.rows)]
         return "\n\n".join([*parts, *self.notes, f"Compared in {self.seconds:.1f} seconds."])
 
     def to_json(self) -> str:
-        """The comparison as JSON: whether it passed, hints, notes, weights and a list of rows.
+        """The comparison as JSON: the verdict, hints, notes, weights and a list of rows.
 
         Numbers that are not finite are the strings "inf", "-inf" and "nan".
         """
         plain = {
+            "verdict": self.verdict,
             "passed": self.passed,
+            "missing": self.missing,
             "seconds": self.seconds,
             "hints": self.hints,
             "notes": self.notes,
@@ -91,12 +109,52 @@ def _number(x: float) -> float | str:
     return float(x) if isfinite(x) else str(float(x))
 
 
-def _agreement(rows: Sequence[Row]) -> str:
-    return f"Flax and PyTorch agree in all of {len(rows)} comparisons."
+def _equal(comparison: Comparison) -> str:
+    rows = comparison.rows
+    return "\n".join(
+        [f"Equal: Flax and PyTorch agree in all of {len(rows)} comparisons.", *_evidence(rows)]
+    )
 
 
-def _differences(rows: Sequence[Row]) -> str:
+def _inconclusive(comparison: Comparison) -> str:
+    rows = comparison.rows
+    return "\n".join(
+        [
+            f"Inconclusive: no difference was found in {len(rows)} comparisons, which does not "
+            "suffice to call the modules equal.",
+            *(f"  - {reason}" for reason in comparison.missing),
+            "To accept that in a test, pass allow_inconclusive=True to assert_parity.",
+            *_evidence(rows),
+        ]
+    )
+
+
+def _evidence(rows: Sequence[Row]) -> Iterator[str]:
+    """How much of the allowed error is used, for each pair of implementations."""
+    for (actual, expected), group in _by_implementations(rows).items():
+        row = max(group, key=lambda row: row.worst.error)
+        share = f"{_share(row.worst.error)} of the allowed error, in {row.phase}, {row.name}"
+        yield f"  {actual}, against {expected}: at most {share if row.worst.error else 'exact'}."
+        near = row.worst.error > _NEAR and row.tolerance is None
+        if near:
+            yield "    That is unusually much. Look at the places where the error is largest."
+    if not any(eps(row.dtype) for row in rows if row.name.quantity == "output"):
+        yield (
+            "  All outputs are whole numbers or truth values, so that these say only that they are "
+            "equal for these inputs."
+        )
+
+
+def _by_implementations(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.implementations, []).append(row)
+    return groups
+
+
+def _differences(comparison: Comparison) -> str:
     """The first differences, which explain the later ones."""
+    rows = comparison.rows
     failed = [row for row in rows if not row.passed]
     phase = failed[0].phase
     first = [row for row in failed if row.phase == phase]
@@ -133,8 +191,13 @@ def _accuracy(row: Row) -> str:
     return f"; {side} is {'clearly ' * (side == 'neither')}less accurate"
 
 
-def _explained(hints: Sequence[str], passed: bool) -> list[str]:
-    heading = "They agree, but their settings differ:" if passed else "What may explain it:"
+def _explained(comparison: Comparison) -> list[str]:
+    heading = {
+        "equal": "They agree, but their settings differ:",
+        "different": "What may explain it:",
+        "inconclusive": "Their settings differ:",
+    }[comparison.verdict]
+    hints = comparison.hints
     return ["\n".join([heading, *(f"  - {hint}" for hint in hints)])] if hints else []
 
 

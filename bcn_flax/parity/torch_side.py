@@ -2,7 +2,8 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -76,35 +77,27 @@ class TorchRun(NamedTuple):
         outputs: by name, in Flax's order of axes.
         returned: by name, in the order of the calls, the outputs of each module's first call.
         random: whether it drew random numbers from the processor's generator.
-        narrows: whether an operation took float64 and returned something narrower.
     """
 
     outputs: dict[str, Array]
     returned: dict[str, list[Array]]
     random: bool
-    narrows: bool
 
 
 def run(
-    module: Any, arguments: Arguments, inputs: Sequence[Array], axes: Axes, train: bool
+    module: Any,
+    arguments: Arguments,
+    inputs: Sequence[Array],
+    axes: Axes,
+    train: bool,
+    *,
+    widened: bool = False,
 ) -> TorchRun:
-    """Call a copy of the module once, and record what it does."""
+    """Call a copy of the module once, and record what it does.
+
+    `widened` says whether to compute in float64 what the module narrows.
+    """
     import torch
-    from torch.overrides import TorchFunctionMode
-
-    class Watch(TorchFunctionMode):
-        narrows = False
-
-        def __torch_function__(
-            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            returned = function(*args, **(kwargs or {}))
-            given, made = (
-                {x.dtype for x in jax.tree.leaves(tree) if is_floating(x)}
-                for tree in ((args, kwargs), returned)
-            )
-            self.narrows |= torch.float64 in given and bool(made - {torch.float64})
-            return returned
 
     module = copy.deepcopy(module).train(train)
     returned: dict[str, list[Array]] = {}
@@ -121,11 +114,40 @@ def run(
     given = _tensors(module, arguments.named(inputs), axes)
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
-        with Watch() as watch:
+        with widening(widened):
             outputs = _outputs(module, arguments, [*given.values()])
         random = not torch.equal(before, torch.get_rng_state())
     flax_outputs = {name: _in_flax_order(f"output {name}", y, axes) for name, y in outputs.items()}
-    return TorchRun(flax_outputs, returned, random, watch.narrows)
+    return TorchRun(flax_outputs, returned, random)
+
+
+@contextmanager
+def widening(enabled: bool) -> Iterator[None]:
+    """The context in which PyTorch's functions take float64 for a narrower dtype, if enabled."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    casts = torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16
+
+    def wide(x: Any) -> Any:
+        narrow = isinstance(x, torch.dtype) and x.is_floating_point
+        return torch.float64 if narrow else x
+
+    class Wide(TorchFunctionMode):
+        def __torch_function__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            function = torch.Tensor.double if function in casts else function
+            args, kwargs = jax.tree.map(wide, (args, kwargs or {}))
+            return function(*args, **kwargs)
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if enabled else default)
+    try:
+        with Wide() if enabled else nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def trainable(module: Any) -> Any:
@@ -169,7 +191,35 @@ class Perturbation:
         for parameter in module.parameters():
             parameter.data = self(parameter.data)
         for part in module.modules():
-            part.register_forward_hook(lambda _part, _inputs, outputs: self._perturbed(outputs))
+            part.register_forward_hook(lambda _part, _inputs, y: _map_tensors(self, y))
+
+    def of_operations(self) -> Any:
+        """The context in which the results of all operations are perturbed.
+
+        Numbers of float32 are exact, such as those of a mask, and are left unchanged.
+        """
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        def perturbed(x: Any) -> Any:
+            if not is_floating(x):
+                return x
+            exact = x == x.to(torch.float32)
+            return x if exact.all() else torch.where(exact, x, self(x))
+
+        class Perturbing(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                outputs = function(*args, **(kwargs or {}))
+                aliases = [returned.alias_info for returned in function._schema.returns]
+                if not any(aliases):
+                    return jax.tree.map(perturbed, outputs)
+                if len(aliases) == 1 and aliases[0].is_write and is_floating(outputs):
+                    outputs.copy_(perturbed(outputs))
+                return outputs
+
+        return Perturbing()
 
     def step(self, optimizer: Any, parameters: Sequence[Any], times: float) -> None:
         """Take a step of the optimizer, and perturb the changes that it makes."""
@@ -177,14 +227,6 @@ class Perturbation:
         optimizer.step()
         for parameter, old in zip(parameters, before, strict=True):
             parameter.data = old + self(parameter.data - old, times)
-
-    def _perturbed(self, outputs: Any) -> Any:
-        """The outputs, perturbed, as their gradients will be."""
-        outputs = _map_tensors(self, outputs)
-        for y in output_leaves(outputs):
-            if is_floating(y) and y.requires_grad:
-                y.register_hook(self)
-        return outputs
 
     def _signs(self, *shape: int) -> Any:
         return self._rng.choice((-1.0, 1.0), shape)
@@ -202,7 +244,9 @@ class TorchSide:
         optimizer: Optimizer,
         *,
         wide: bool = False,
+        widened: bool = False,
         perturbation: float | None = None,
+        every_operation: bool = False,
     ) -> None:
         """Start from the module's parameters and statistics.
 
@@ -213,12 +257,15 @@ class TorchSide:
             axes: the order of the axes of inputs and outputs.
             optimizer: of its parameters.
             wide: whether the module and its inputs are in float64.
+            widened: whether to compute in float64 what the module narrows, too.
             perturbation: the relative error by which to perturb the inputs, the parameters, what
-                the parts of the module return, and the steps; None for none.
+                the parts of the module return, the gradients, and the steps; None for none.
+            every_operation: whether to perturb the result of every operation in a part, too, so
+                that the errors of this module's own formulas are allowed.
         """
         self._module, self._matched = copy.deepcopy(module), matched
         self._arguments, self._axes = arguments, axes
-        self._wide = wide
+        self._wide, self._widened, self._every_operation = wide, widened, every_operation
         self._perturb = None if perturbation is None else Perturbation(perturbation)
         if self._perturb is not None:
             self._perturb.attach(self._module)
@@ -233,7 +280,7 @@ class TorchSide:
         """Run forward and backward; in training, take a step of the optimizer."""
         import torch
 
-        with float64_enabled(self._wide), torch.enable_grad():
+        with float64_enabled(self._wide), widening(self._widened), torch.enable_grad():
             return self._step(inputs, output_gradients, train)
 
     def _step(
@@ -248,8 +295,10 @@ class TorchSide:
             given = {name: self._perturb(x) for name, x in given.items()}
         for x in given.values():
             x.requires_grad_(x.is_floating_point())
-        # A module may write into its inputs, which PyTorch refuses if these are leaves.
-        outputs = _outputs(self._module, self._arguments, [x.clone() for x in given.values()])
+        perturbing = self._perturb.of_operations() if self._perturb else nullcontext()
+        with perturbing if self._every_operation else nullcontext():
+            # A module may write into its inputs, which PyTorch refuses if these are leaves.
+            outputs = _outputs(self._module, self._arguments, [x.clone() for x in given.values()])
         gradients = {
             name: _tensor(f"output {name}", dy, self._axes, y)
             for (name, y), dy in zip(outputs.items(), output_gradients, strict=True)
@@ -257,7 +306,8 @@ class TorchSide:
         }
         # An output of another shape has no gradient, so that the shapes can be reported.
         fitting = {name: dy for name, dy in gradients.items() if dy.shape == outputs[name].shape}
-        torch.autograd.backward([outputs[name] for name in fitting], [*fitting.values()])
+        with perturbing:
+            torch.autograd.backward([outputs[name] for name in fitting], [*fitting.values()])
         # A tied parameter has several names, and the match may have chosen any of them.
         parameters = dict(self._module.named_parameters(remove_duplicate=False))
         gradient = {name: _gradient(p).clone() for name, p in parameters.items()}
