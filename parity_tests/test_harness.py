@@ -462,8 +462,8 @@ COUNTED = FlaxWithModes(counted)
 OF_OUTPUT = {"output", "input gradient", "gradient gain"}
 STATISTICS = {"statistic bn/mean", "statistic bn/var"}
 FIRST_MODULE = (
-    "In evaluation, the first module whose output differs is out; the last one before "
-    "it that agrees is hidden."
+    "In evaluation, the first difference arises between the output of hidden, which agrees, and "
+    "the input of out, which does not."
 )
 MOMENTUM = (
     "bn: momentum is 0.99 in Flax and 0.1 in PyTorch, where it is the weight of the new value: 0.9 "
@@ -483,7 +483,7 @@ DIFFERENCES = {
         TorchCounted((1, 2)),
         "training step 1",
         {*OF_OUTPUT, "parameter gain"},
-        ["In training, the first module whose output differs is the module itself."],
+        ["In training, the first module whose output differs is the module itself; its input"],
     ),
     "only in a statistic": Difference(
         FlaxWithModes(lambda self, x, train: counted(self, x, train, by=1.1)),
@@ -537,7 +537,7 @@ DIFFERENCES = {
         "evaluation",
         {"output", "input gradient"},
         [
-            "In evaluation, the first module whose output differs is norm.",
+            "In evaluation, the first module whose output differs is norm; its input agrees.",
             "norm: epsilon is 1e-06 in Flax, and eps 1e-05 in PyTorch.",
         ],
         {**EVALUATION, "weights": "random"},
@@ -555,7 +555,7 @@ DIFFERENCES = {
         Torch(lambda self, x: self.out(torch.tanh(x)), out=torch.nn.Linear(5, 3)),
         "evaluation",
         {"output"},
-        ["In evaluation, the first module whose output differs is out."],
+        ["In evaluation, the first difference arises between the input of the module itself,"],
         EVALUATION,
     ),
     "formula of NNX": Difference(
@@ -596,7 +596,7 @@ def test_a_constant_in_float32_is_told_from_another_formula():
     flax = in_flax(lambda x: x * jnp.asarray(np.float32(0.1)))
     comparison = compare(flax, in_torch(lambda x: x * 0.1), VECTORS, **EVALUATION)
     assert {row.implementations[0] for row in failures(comparison)} == {"Flax in float64"}
-    assert comparison.hints[0].startswith(
+    assert comparison.hints[-1].startswith(
         "They differ in float64 as well, but no more than by roundings of float32: a small constant"
     )
 

@@ -1,17 +1,19 @@
 """What may explain that two modules differ."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bcn_flax.interop.layouts import Array
-from bcn_flax.parity.errors import Row, eps, narrowest
+from bcn_flax.interop.layouts import Array, path_name
+from bcn_flax.parity.errors import Row, eps
+from bcn_flax.parity.first_difference import first_differences
 from bcn_flax.parity.judging import FLAX_64, JITTED, TORCH, TORCH_64
-from bcn_flax.parity.pair import Calls, ModulePair, Probe
+from bcn_flax.parity.pair import ModulePair, Probe
 from bcn_flax.parity.protocol import Implementation, Name, module_name, observation, sgd
 
+_SHOWN = 3  # names
 _GROWTH = 1e3  # of a parameter in training, beyond which training diverges
 
 # Arguments with the same meaning, in Flax and in PyTorch.
@@ -36,7 +38,7 @@ def explanations(
     # The rate of a running average shows a momentum that no argument shows.
     rates = not any("momentum" in sentence for sentence in settings)
     return [
-        *_first_modules(probe),
+        *first_differences(pair, probe),
         *settings,
         *_statistics_drift(pair, probe, rates),
         *_optimizers(rows),
@@ -47,71 +49,37 @@ def explanations(
 
 def different_settings(probe: Probe) -> Iterator[str]:
     """A sentence for each argument that differs between a layer of Flax and its counterpart."""
-    for path, flax, _, torch in probe.modules:
-        for flax_name, torch_name in _ARGUMENTS:
-            a, b = getattr(flax, flax_name, None), getattr(torch, torch_name, None)
-            if _is_other_number(a, b):
-                yield (
-                    f"{module_name(path)}: {flax_name} is {a:g} in Flax, and {torch_name} {b:g} in "
-                    "PyTorch."
-                )
-        a, b = getattr(flax, "momentum", None), getattr(torch, "momentum", None)
-        if b is not None and _is_other_number(a, 1 - b):
-            yield (
-                f"{module_name(path)}: momentum is {a:g} in Flax and {b:g} in PyTorch, where it is "
-                f"the weight of the new value: {1 - b:g} in Flax's words."
-            )
+    found: dict[str, list[str]] = {}
+    for path, flax, torch in probe.modules:
+        for sentence in _settings(flax, torch):
+            found.setdefault(sentence, []).append(module_name(path))
+    for sentence, modules in found.items():
+        yield f"{_listed(modules, 'modules')}: {sentence}"
+
+
+def _settings(flax: Any, torch: Any) -> Iterator[str]:
+    for flax_name, torch_name in _ARGUMENTS:
+        a, b = getattr(flax, flax_name, None), getattr(torch, torch_name, None)
+        if _is_other_number(a, b):
+            yield f"{flax_name} is {a:g} in Flax, and {torch_name} {b:g} in PyTorch."
+    a, b = getattr(flax, "momentum", None), getattr(torch, "momentum", None)
+    if b is not None and _is_other_number(a, 1 - b):
+        yield (
+            f"momentum is {a:g} in Flax and {b:g} in PyTorch, where it is the weight of the new "
+            f"value: {1 - b:g} in Flax's words."
+        )
+
+
+def _listed(names: Sequence[str], kind: str) -> str:
+    """A single name, or how many there are and the first ones."""
+    if len(names) == 1:
+        return names[0]
+    more = f" and {len(names) - _SHOWN} more" * (len(names) > _SHOWN)
+    return f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{more})"
 
 
 def _is_other_number(a: Any, b: Any) -> bool:
     return isinstance(a, int | float) and isinstance(b, int | float) and not math.isclose(a, b)
-
-
-def _first_modules(probe: Probe) -> Iterator[str]:
-    """The first module whose outputs differ, in evaluation and in training."""
-    paths = {module.name: module.path for module in probe.modules}
-    found: dict[str, list[str]] = {}
-    for mode, calls in probe.calls.items():
-        for sentence in _first_module(paths, calls):
-            found.setdefault(sentence, []).append(mode)
-    for sentence, modes in found.items():
-        yield f"In {' and '.join(modes)}, {sentence}"
-
-
-def _first_module(paths: dict[str, tuple[str, ...]], calls: Calls) -> Iterator[str]:
-    flax, agreeing = calls.flax.run(), None
-    for name, torch in calls.torch.returned.items():
-        path = paths.get(name)
-        if path is None or path not in flax:
-            continue
-        if not _clearly_differ(flax[path], torch):
-            agreeing = path
-            continue
-        sentence = f"the first module whose output differs is {module_name(path)}"
-        if agreeing is not None:
-            sentence += f"; the last one before it that agrees is {module_name(agreeing)}"
-        yield f"{sentence}."
-        return
-
-
-def _clearly_differ(flax: Sequence[Array], torch: Sequence[Array]) -> bool:
-    """Whether outputs differ in number, in size, or in value in any order of the axes."""
-    return len(flax) != len(torch) or not all(map(_roughly_equal, flax, torch))
-
-
-def _roughly_equal(a: Array, b: Array) -> bool:
-    orders = [b, np.moveaxis(b, 1, -1)] if b.ndim > 2 else [b]
-    orders = [x for x in orders if x.shape == a.shape]
-    if not orders:
-        return a.size == b.size
-    return any(_half_of_digits_agree(a, order) for order in orders)
-
-
-def _half_of_digits_agree(a: Array, b: Array) -> bool:
-    near = eps(narrowest((a.dtype, b.dtype))) ** 0.5
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    largest = np.abs(b[np.isfinite(b)]).max(initial=0.0)
-    return np.allclose(a, b, rtol=near, atol=near * largest, equal_nan=True)
 
 
 class _Drift(NamedTuple):
@@ -121,10 +89,12 @@ class _Drift(NamedTuple):
         rate: the part of the distance to the limit that it covers in each step; None if that is not
             the same for all channels.
         limit: the value that it converges to, which is the statistic of the batch.
+        near: the relative difference that counts as none.
     """
 
     rate: float | None
     limit: Array
+    near: float
 
 
 def _statistics_drift(pair: ModulePair, probe: Probe, rates: bool) -> Iterator[str]:
@@ -144,55 +114,123 @@ def _statistics_drift(pair: ModulePair, probe: Probe, rates: bool) -> Iterator[s
 
     flax = observed(pair.new_flax_side(fixed), calls.flax.outputs.values())
     torch = observed(pair.new_torch_side(fixed), calls.torch.outputs.values())
+    counts = _numbers_of_values(probe)
+    rated: dict[str, list[str]] = {}
+    limited: dict[str, list[_Limit]] = {}
     for name in start:
         if rates:
-            yield from _different_rates(name.path, flax[name].rate, torch[name].rate)
-        yield from _different_limits(name.path, flax[name], torch[name])
+            for sentence in _different_rates(flax[name], torch[name]):
+                rated.setdefault(sentence, []).append(name.path)
+        for limit in _different_limits(name.path, flax[name], torch[name], counts):
+            limited.setdefault(limit.kind, []).append(limit)
+    for sentence, paths in rated.items():
+        yield sentence.format(_listed(paths, "statistics"), "s" * (len(paths) == 1))
+    for kind, limits in limited.items():
+        yield _limits_sentence(kind, limits)
+
+
+def _numbers_of_values(probe: Probe) -> dict[str, int]:
+    """By the path of a module, how many values its first output has in each channel."""
+    return {
+        path_name(probe.same_values[s.module]): s.arrays[0].size // max(1, s.arrays[0].shape[1])
+        for s in probe.calls["training"].torch.snapshots
+        if s.returned and s.module in probe.same_values and s.arrays and s.arrays[0].ndim > 1
+    }
 
 
 def _drift(start: Array, first: Array, second: Array) -> _Drift:
-    step = first - start
+    step, near = first - start, _nearness(first)
     large = np.abs(step) > 1e-6 * np.abs(step).max(initial=0.0)
     if not large.any():
-        return _Drift(0.0, first)
+        return _Drift(0.0, first, near)
     rates = 1 - (second - first)[large] / step[large]
-    if not np.allclose(rates, rates[0], rtol=1e-6) or not rates[0] > 0:
-        return _Drift(None, first)
-    return _Drift(float(np.median(rates)), start + step / np.median(rates))
+    rate = float(np.median(rates))
+    if not np.allclose(rates, rate, rtol=near) or not rate > 0:
+        return _Drift(None, first, near)
+    return _Drift(rate, start + step / rate, near)
 
 
-def _different_rates(path: str, flax: float | None, torch: float | None) -> Iterator[str]:
-    if flax is None or torch is None or math.isclose(flax, torch, rel_tol=1e-6):
+def _nearness(x: Array) -> float:
+    """The relative difference that counts as none: of float64, unless float32 holds the values."""
+    return 1e-3 if (x == x.astype(np.float32)).all() else 1e-6
+
+
+def _different_rates(flax: _Drift, torch: _Drift) -> Iterator[str]:
+    """Sentences with places for the names of the statistics and the ending of the verb."""
+    near = max(flax.near, torch.near)
+    if flax.rate is None or torch.rate is None or math.isclose(flax.rate, torch.rate, rel_tol=near):
         return
     yield (
-        f"{path} moves {flax:.3g} of the way to the batch's at each step in Flax and {torch:.3g} "
-        f"in PyTorch, as if momentum were {1 - flax:.3g} in Flax, where it is the weight of the "
-        f"old value, and {torch:.3g} in PyTorch, where it is the weight of the new one."
+        f"{{}} move{{}} {flax.rate:.3g} of the way to the batch's at each step in Flax and "
+        f"{torch.rate:.3g} in PyTorch, as if momentum were {1 - flax.rate:.3g} in Flax, where it "
+        f"is the weight of the old value, and {torch.rate:.3g} in PyTorch, where it is the weight "
+        "of the new one."
     )
-    if math.isclose(flax + torch, 1, rel_tol=1e-6):
+    if math.isclose(flax.rate + torch.rate, 1, rel_tol=near):
         yield (
             "One momentum is 1 minus what it should be. Perhaps it was copied from the other "
             "library unchanged."
         )
 
 
-def _different_limits(path: str, flax: _Drift, torch: _Drift) -> Iterator[str]:
+class _Limit(NamedTuple):
+    """A statistic that converges to a multiple of Flax's in PyTorch.
+
+    Attributes:
+        path: of the statistic.
+        ratio: of PyTorch's limit to Flax's.
+        values: the number of values of which it is the variance, if that explains the ratio.
+    """
+
+    path: str
+    ratio: float
+    values: int | None
+
+    @property
+    def kind(self) -> str:
+        """What explains the ratio."""
+        if self.values is None:
+            return f"{self.ratio:.6g}"
+        return "unbiased in PyTorch" if self.ratio > 1 else "unbiased in Flax"
+
+
+def _different_limits(
+    path: str, flax: _Drift, torch: _Drift, counts: Mapping[str, int]
+) -> Iterator[_Limit]:
     if not flax.rate or not torch.rate or not flax.limit.all():
         return
     ratios = torch.limit / flax.limit
-    ratio = float(np.median(ratios))
-    if not np.allclose(ratios, ratio, rtol=1e-6) or math.isclose(ratio, 1, rel_tol=1e-9):
+    ratio, near = float(np.median(ratios)), max(flax.near, torch.near)
+    # The ratio must be the same for all channels, and so be no rounding.
+    if np.ptp(ratios) > near * ratio or np.ptp(ratios) > abs(ratio - 1) / 10:
         return
-    sentence = f"{path} converges to {ratio:.6g} times Flax's value in PyTorch"
+    if math.isclose(ratio, 1, rel_tol=near / 100):
+        return
     values = 1 / (1 - min(ratio, 1 / ratio))
-    if path.endswith("var") and abs(values - round(values)) < 1e-3:
-        correction, kinds = (
-            ("n / (n - 1)", "biased in Flax, unbiased in PyTorch")
-            if ratio > 1
-            else ("(n - 1) / n", "unbiased in Flax, biased in PyTorch")
-        )
-        sentence += f", which is {correction} for n = {round(values)} values: {kinds}"
-    yield f"{sentence}."
+    count = counts.get(path.rpartition("/")[0], round(values))
+    explained = path.endswith("var") and math.isclose(
+        values, count, rel_tol=max(near * values, 1e-6)
+    )
+    yield _Limit(path, ratio, count if explained else None)
+
+
+def _limits_sentence(kind: str, limits: Sequence[_Limit]) -> str:
+    names = _listed([limit.path for limit in limits], "statistics")
+    first = limits[0]
+    values = sorted({limit.values for limit in limits if limit.values})
+    verb = "converges" if len(limits) == 1 else "converge"
+    times = f"{names} {verb} to {first.ratio:.6g} times Flax's value in PyTorch"
+    if not values:
+        return f"{times}."
+    correction, kinds = (
+        ("n / (n - 1)", "biased in Flax, unbiased in PyTorch")
+        if kind == "unbiased in PyTorch"
+        else ("(n - 1) / n", "unbiased in Flax, biased in PyTorch")
+    )
+    if len(values) == 1:
+        return f"{times}, which is {correction} for n = {values[0]} values: {kinds}."
+    several = f"n = {', '.join(map(str, values[:_SHOWN]))}" + ", ..." * (len(values) > _SHOWN)
+    return f"{names} {verb} to {correction} times Flax's value in PyTorch, for {several}: {kinds}."
 
 
 def _optimizers(rows: Sequence[Row]) -> Iterator[str]:

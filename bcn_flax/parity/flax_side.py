@@ -1,6 +1,7 @@
 """The Flax side: a linen or NNX module as a pure function, which is traced and trained."""
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from bcn_flax.parity import widening
 from bcn_flax.parity.protocol import (
     Arguments,
     Observation,
+    Snapshot,
     float64_enabled,
     is_differentiable,
     numbered,
@@ -43,14 +45,14 @@ class FlaxTrace(NamedTuple):
         modules: by path, the modules that were called; for NNX, all modules.
         random: the paths of modules that draw random numbers. If there are any, the rest may be
             missing.
-        run: runs the call and returns the outputs of each module, by path. A module that is called
-            several times has those of its first call; one inside of a transformation has none.
+        run: runs the call and returns what each module gets and returns, in order. There is nothing
+            of those inside of a transformation such as `nn.scan`.
     """
 
     outputs: dict[str, jax.ShapeDtypeStruct]
     modules: dict[Path, Any]
     random: list[Path]
-    run: Callable[[], dict[Path, list[Array]]]
+    run: Callable[[], list[Snapshot]]
 
 
 class FlaxModel(NamedTuple):
@@ -112,6 +114,7 @@ class FlaxModel(NamedTuple):
     def trace(self, inputs: Sequence[Array], train: bool) -> FlaxTrace:
         """Trace a call."""
         called: dict[Path, Any] = {}
+        taken: list[Snapshot] = []
         random: list[Path] = []
         if isinstance(self.module, nnx.Module):
             called = {
@@ -120,47 +123,68 @@ class FlaxModel(NamedTuple):
             random = [path for path, part in called.items() if _rate(part) > 0]
         with float64_enabled(self.wide):
             try:
-                traced = jax.jit(partial(self._recorded, called, train=train)).trace(
+                traced = jax.jit(partial(self._recorded, called, taken, train=train)).trace(
                     self.variables, list(inputs)
                 )
             except InvalidRngError:
-                return FlaxTrace({}, called, [*called][-1:], dict)
+                return FlaxTrace({}, called, [*called][-1:], list)
 
-        def run() -> dict[Path, list[Array]]:
+        def run() -> list[Snapshot]:
             with float64_enabled(self.wide):
                 compute = traced.lower().compile()
                 if self.widened:
                     compute = jax.jit(widening.widened_program(traced))
-                _, returned = compute(self.variables, list(inputs))
-            return jax.tree.map(np.asarray, returned)
+                _, arrays = compute(self.variables, list(inputs))
+            return [
+                snapshot._replace(arrays=[*map(np.asarray, own)])
+                for snapshot, own in zip(taken, arrays, strict=True)
+            ]
 
         outputs = numbered(traced.out_info[0])
         return FlaxTrace(outputs, called, random, run)
 
     def _recorded(
-        self, called: dict[Path, Any], variables: Variables, inputs: Sequence[Any], *, train: bool
-    ) -> tuple[list[Any], dict[Path, list[Any]]]:
-        """The outputs of the module and of all modules inside; notes those that are called."""
-        returned: dict[Path, list[Any]] = {}
+        self,
+        called: dict[Path, Any],
+        taken: list[Snapshot],
+        variables: Variables,
+        inputs: Sequence[Any],
+        *,
+        train: bool,
+    ) -> tuple[list[Any], list[list[Any]]]:
+        """The outputs of the module, and what all modules inside get and return.
+
+        Adds the modules that are called to `called`, and to `taken` what the arrays are.
+        """
+        calls: Counter[Path] = Counter()
+        arrays: list[list[Any]] = []
         trace = current_trace()
 
-        def record(path: Path, outputs: Any) -> None:
-            if current_trace() == trace:  # and not inside of nn.scan or the like
-                returned.setdefault(path, [y for y in output_leaves(outputs) if is_array(y)])
+        def record(path: Path, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+            if current_trace() != trace:  # inside of nn.scan or the like
+                return method(*args, **kwargs)
+            call = calls[path]
+            calls[path] += 1
+            taken.append(Snapshot(path, call, False, []))
+            arrays.append(_arrays([args, kwargs]))
+            outputs = method(*args, **kwargs)
+            taken.append(Snapshot(path, call, True, []))
+            arrays.append(_arrays(outputs))
+            return outputs
 
         def intercept(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
             called.setdefault(context.module.path, context.module)
-            outputs = method(*args, **kwargs)
-            if context.method_name == "__call__":
-                record(context.module.path, outputs)
-            return outputs
+            if context.method_name != "__call__":
+                return method(*args, **kwargs)
+            return record(context.module.path, method, args, kwargs)
 
         if isinstance(self.module, nnx.Module):
             module = _recording(self.module, record)
-            forward = forward_of(module, self.call, self.arguments)
-            return forward(variables, inputs, train)[0], returned
-        with nn.intercept_methods(intercept):
-            return self.forward(variables, inputs, train)[0], returned
+            outputs, _ = forward_of(module, self.call, self.arguments)(variables, inputs, train)
+        else:
+            with nn.intercept_methods(intercept):
+                outputs, _ = self.forward(variables, inputs, train)
+        return outputs, arrays
 
 
 def flax_model(
@@ -357,7 +381,13 @@ def _rate(module: Any) -> float:
     return max(rate if isinstance(rate, int | float) else 0.0 for rate in rates)
 
 
-def _recording(module: nnx.Module, record: Callable[[Path, Any], None]) -> nnx.Module:
+def _arrays(tree: Any) -> list[Any]:
+    """The arrays of numbers, and no random keys."""
+    found = [x for x in output_leaves(tree) if is_array(x)]
+    return [x for x in found if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+
+
+def _recording(module: nnx.Module, record: Callable[..., Any]) -> nnx.Module:
     """A copy of a module whose parts record what they return: each gets a class of its own."""
     module = nnx.clone(module)
     for place, part in list(nnx.iter_modules(module)):
@@ -366,10 +396,8 @@ def _recording(module: nnx.Module, record: Callable[[Path, Any], None]) -> nnx.M
     return module
 
 
-def _recording_class(kind: Any, path: Path, record: Callable[[Path, Any], None]) -> Any:
+def _recording_class(kind: Any, path: Path, record: Callable[..., Any]) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        outputs = kind.__call__(self, *args, **kwargs)
-        record(path, outputs)
-        return outputs
+        return record(path, partial(kind.__call__, self), args, kwargs)
 
     return type(kind)(kind.__name__, (kind,), {"__call__": call})

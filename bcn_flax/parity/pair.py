@@ -1,7 +1,6 @@
 """A Flax and a PyTorch module with the same weights, and a probe of what both of them do."""
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +12,7 @@ from bcn_flax.interop import Match, layouts, match
 from bcn_flax.interop.layouts import Array, Path
 from bcn_flax.interop.trees import Variables
 from bcn_flax.parity import torch_side
+from bcn_flax.parity.counterparts import counterparts
 from bcn_flax.parity.flax_side import (
     Call,
     FlaxModel,
@@ -29,7 +29,7 @@ from bcn_flax.parity.protocol import (
     split_arguments,
     to_float64,
 )
-from bcn_flax.parity.torch_side import AXES, Axes, TorchRun, TorchSide
+from bcn_flax.parity.torch_side import AXES, Axes, Change, TorchRun, TorchSide
 
 Weights = Literal["torch", "flax", "own", "random"]
 # From a PyTorch module and Flax's variables or module to which tensor is which variable.
@@ -44,18 +44,16 @@ class Calls(NamedTuple):
 
 
 class PairedModule(NamedTuple):
-    """A module inside of Flax's and its counterpart inside of PyTorch's.
+    """A module inside of Flax's, and its counterpart inside of PyTorch's.
 
     Attributes:
         path: in Flax.
-        flax: the module; None if a call in training does not reach it.
-        name: in PyTorch.
-        torch: the module.
+        flax: the module; None if no call reaches it.
+        torch: the counterpart.
     """
 
     path: Path
     flax: Any
-    name: str
     torch: Any
 
 
@@ -65,7 +63,8 @@ class Probe(NamedTuple):
     Attributes:
         inputs: of the calls.
         calls: "evaluation", and "training" if the modules are trained.
-        modules: those that have a counterpart.
+        modules: those whose arguments should have the same meaning.
+        same_values: by PyTorch's name, the paths of those that should get and return the same.
         constants: the parameters and statistics that have a single value each, as in a fresh
             module.
     """
@@ -73,6 +72,7 @@ class Probe(NamedTuple):
     inputs: Sequence[Array]
     calls: Mapping[str, Calls]
     modules: list[PairedModule]
+    same_values: Mapping[str, Path]
     constants: list[str]
 
 
@@ -107,26 +107,30 @@ class ModulePair(NamedTuple):
         calls = {
             mode: Calls(
                 self.flax.trace(inputs, mode == "training"),
-                torch_side.run(
-                    self.torch,
-                    self.flax.arguments,
-                    inputs,
-                    self.axes,
-                    mode == "training",
-                    widened=self.flax.widened,
-                ),
+                self.run_torch(inputs, mode == "training"),
             )
             for mode in ("evaluation", "training")[: 1 + train]
         }
         flax = {path: part for c in calls.values() for path, part in c.flax.modules.items()}
-        torch = dict(self.torch.named_modules())
-        modules = [
-            PairedModule(path, flax.get(path), name, torch[name])
-            for path, name in self._counterparts().items()
-        ]
         weights = observation({}, {}, {}, self.flax.variables)
         constants = [n.path for n, x in weights.items() if x.size > 1 and (x == x.flat[0]).all()]
-        return Probe(inputs, calls, modules, constants)
+        known, torch = counterparts(self.match, self.torch), dict(self.torch.named_modules())
+        modules = [PairedModule(path, flax.get(path), torch[name]) for path, name in known.settings]
+        return Probe(inputs, calls, modules, known.values, constants)
+
+    def run_torch(
+        self, inputs: Sequence[Array], train: bool, *, change: Change | None = None
+    ) -> TorchRun:
+        """Call PyTorch's module once; see `torch_side.run`."""
+        return torch_side.run(
+            self.torch,
+            self.flax.arguments,
+            inputs,
+            self.axes,
+            train,
+            widened=self.flax.widened,
+            change=change,
+        )
 
     def new_flax_side(self, optimizer: Optimizer, *, jit: bool = True) -> FlaxSide:
         """Flax's module, to be trained."""
@@ -160,23 +164,6 @@ class ModulePair(NamedTuple):
             perturbation=perturbation,
             every_operation=every_operation,
         )
-
-    def _counterparts(self) -> dict[Path, str]:
-        """By path in Flax, the names of PyTorch's modules.
-
-        They are the modules that have parameters or statistics, and the modules around them that
-        have the same name on both sides.
-        """
-        found = {}
-        for pair in self.match.pairs:
-            path, name = pair.path[1:-1], pair.module
-            found[path] = name
-            while path and name.rpartition(".")[2] == path[-1]:
-                path, name = path[:-1], name.rpartition(".")[0]
-                found[path] = name
-        # Two of Flax's may be one of PyTorch's, as in the authors' batch-channel norm.
-        shared = Counter(found.values())
-        return {path: name for path, name in found.items() if shared[name] == 1}
 
 
 def module_pair(

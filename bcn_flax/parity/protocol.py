@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from bcn_flax.interop import layouts
@@ -58,6 +59,27 @@ class Implementation(Protocol):
             parameters after the call, under Flax's names and in Flax's layouts.
         """
         ...
+
+
+class Snapshot(NamedTuple):
+    """The arrays that a module gets or returns in a call.
+
+    Attributes:
+        module: the path in Flax, the name in PyTorch.
+        call: the number of the module's call, from 0.
+        returned: whether the module returns them.
+        arrays: in the order of the arguments, or of the outputs.
+    """
+
+    module: Any
+    call: int
+    returned: bool
+    arrays: list[Array]
+
+    @property
+    def key(self) -> tuple[Any, int, bool]:
+        """What tells it from other snapshots."""
+        return self[:3]
 
 
 def observation(
@@ -197,7 +219,7 @@ def plain(tree: Any) -> Any:
     """
     if isinstance(tree, Mapping):
         return {key: plain(x) for key, x in tree.items()}
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type) and not is_array(tree):
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, (type, nn.Module)):
         return {field.name: plain(getattr(tree, field.name)) for field in dataclasses.fields(tree)}
     if isinstance(tree, list | tuple):
         return [*map(plain, tree)] if isinstance(tree, list) else (*map(plain, tree),)

@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from bcn_flax.parity.protocol import (
     Arguments,
     Observation,
     Optimizer,
+    Snapshot,
     float64_enabled,
     numbered,
     observation,
@@ -75,13 +78,17 @@ class TorchRun(NamedTuple):
 
     Attributes:
         outputs: by name, in Flax's order of axes.
-        returned: by name, in the order of the calls, the outputs of each module's first call.
+        snapshots: what each module gets and returns, in order.
         random: whether it drew random numbers from the processor's generator.
     """
 
     outputs: dict[str, Array]
-    returned: dict[str, list[Array]]
+    snapshots: list[Snapshot]
     random: bool
+
+
+# From a snapshot and one of its tensors to the tensor that takes its place.
+Change = Callable[[Snapshot, Any], Any]
 
 
 def run(
@@ -92,25 +99,41 @@ def run(
     train: bool,
     *,
     widened: bool = False,
+    change: Change | None = None,
 ) -> TorchRun:
     """Call a copy of the module once, and record what it does.
 
-    `widened` says whether to compute in float64 what the module narrows.
+    `widened` says whether to compute in float64 what the module narrows. `change` replaces what the
+    modules get and return; its snapshots have no arrays yet.
     """
     import torch
 
     module = copy.deepcopy(module).train(train)
-    returned: dict[str, list[Array]] = {}
+    snapshots: list[Snapshot] = []
+    calls: Counter[str] = Counter()
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(_module: Any, _inputs: Any, outputs: Any) -> None:
-            # These are copies, since another module may write into the tensors.
-            returned.setdefault(name, list(map(layouts.to_numpy, _tensors_of(outputs))))
+    def record(name: str, call: int, returned: bool, tensors: Any) -> Any:
+        snapshot = Snapshot(name, call, returned, [])
+        if change is not None:
+            tensors = _map_tensors(partial(change, snapshot), tensors)
+        # These are copies, since another module may write into the tensors.
+        arrays = [*map(layouts.to_numpy, _tensors_of(tensors))]
+        snapshots.append(snapshot._replace(arrays=arrays))
+        return tensors
 
-        return record
+    def attach(name: str, part: Any) -> None:
+        def before(_module: Any, args: Any, kwargs: Any) -> Any:
+            calls[name] += 1
+            return record(name, calls[name] - 1, False, (args, kwargs))
+
+        def after(_module: Any, _inputs: Any, outputs: Any) -> Any:
+            return record(name, calls[name] - 1, True, outputs)
+
+        part.register_forward_pre_hook(before, with_kwargs=True)
+        part.register_forward_hook(after)
 
     for name, part in module.named_modules():
-        part.register_forward_hook(recorder(name))
+        attach(name, part)
     given = _tensors(module, arguments.named(inputs), axes)
     with torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
@@ -118,7 +141,7 @@ def run(
             outputs = _outputs(module, arguments, [*given.values()])
         random = not torch.equal(before, torch.get_rng_state())
     flax_outputs = {name: _in_flax_order(f"output {name}", y, axes) for name, y in outputs.items()}
-    return TorchRun(flax_outputs, returned, random)
+    return TorchRun(flax_outputs, snapshots, random)
 
 
 @contextmanager
