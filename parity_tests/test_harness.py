@@ -1,6 +1,7 @@
 """The harness on small models: it passes equal ones, and finds and explains every difference."""
 
 import re
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -874,8 +875,17 @@ def misnaming(variables):
 
 
 NOT_RANDOM = (
-    "Modules must be deterministic, since the two sides cannot draw the same random numbers, but "
+    "Modules must be deterministic, apart from layers of dropout, since the two sides cannot draw "
+    "the same random numbers, but "
 )
+UNLIKE_MASKS = (
+    "Dropout gets the same masks on both sides, in the order of its calls, but in training "
+)
+NO_MASKS = (
+    "Set the rate to 0 in Flax and p to 0 in PyTorch, or pass steps=0 to compare the evaluation "
+    "alone."
+)
+DROP = torch.nn.Dropout(0.1)
 REFUSED = {
     "inputs in float64": Refused(
         "Inputs and modules must be of one precision, but the inputs are in float64, which is "
@@ -916,9 +926,9 @@ REFUSED = {
         in_torch(lambda x: x + 1j),
     ),
     "dropout of PyTorch": Refused(
-        f"{NOT_RANDOM}PyTorch's module has dropout in 1. Set p to 0 there, and the rate to 0 in "
-        "Flax.",
-        module=torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Dropout(0.1)),
+        f"{UNLIKE_MASKS}the masks have the shapes [] in Flax and [(6, 3)] in PyTorch. {NO_MASKS}",
+        module=torch.nn.Sequential(OrderedDict(kernel=torch.nn.Linear(5, 3), drop=DROP)),
+        options={**ONE_STEP, "names": {"kernel": ""}},
     ),
     "a random function of PyTorch": Refused(
         f"{NOT_RANDOM}PyTorch's module draws random numbers. Switch that off for the comparison, "
@@ -928,17 +938,16 @@ REFUSED = {
         options=ONE_STEP,
     ),
     "dropout of linen": Refused(
-        f"{NOT_RANDOM}Flax's module has dropout in drop. Set the rate to 0 there, and p to 0 in "
-        "PyTorch.",
+        f"{UNLIKE_MASKS}the masks have the shapes [(6, 5)] in Flax and [] in PyTorch. {NO_MASKS}",
         FlaxWithModes(lambda _, x, t: nn.Dropout(0.1, name="drop")(x, deterministic=not t)),
         torch.nn.Dropout(0.0),
         options=ONE_STEP,
     ),
     "dropout of NNX": Refused(
-        f"{NOT_RANDOM}Flax's module has dropout in the module itself. Set the rate to 0 there, "
-        "and p to 0 in PyTorch.",
+        f"{UNLIKE_MASKS}the masks have the shapes [(6, 5)] in Flax and [] in PyTorch. {NO_MASKS}",
         nnx.Dropout(0.1, rngs=nnx.Rngs(0)),
         torch.nn.Identity(),
+        options=ONE_STEP,
     ),
     "unknown weights": Refused(
         "weights must be 'torch', 'flax', 'own' or 'random', not 'mine'.",

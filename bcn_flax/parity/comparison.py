@@ -32,7 +32,8 @@ _CONCLUSIVE = (
     "Replace that operation, or pass an `oracle`, which computes the expected values in float64."
 )
 _DETERMINISTIC = (
-    "Modules must be deterministic, since the two sides cannot draw the same random numbers, but"
+    "Modules must be deterministic, apart from layers of dropout, since the two sides cannot draw "
+    "the same random numbers, but"
 )
 
 
@@ -153,7 +154,6 @@ def compare(
     _require_modules(flax_module, torch_module)
     _require_options(optimizer, axes, call, tolerances)
     _require_reasons(tolerances)
-    _refuse_dropout(torch_module)
     arguments, plan = judging.phases(inputs, steps, torch_names)
     first, rng = plan[0].inputs, np.random.default_rng(seed)
     native = module_pair(
@@ -285,19 +285,6 @@ def _require_reasons(tolerances: Sequence[Tolerance]) -> None:
             )
 
 
-def _refuse_dropout(torch_module: Any) -> None:
-    names = [
-        name or type(part).__name__
-        for name, part in torch_module.named_modules()
-        if "Dropout" in type(part).__name__ and part.p > 0
-    ]
-    if names:
-        raise ValueError(
-            f"{_DETERMINISTIC} PyTorch's module has dropout in {', '.join(names)}. Set p to 0 "
-            "there, and the rate to 0 in Flax."
-        )
-
-
 def _refuse_random_numbers(probe: Probe) -> None:
     if any(calls.torch.random for calls in probe.calls.values()):
         raise ValueError(
@@ -308,9 +295,16 @@ def _refuse_random_numbers(probe: Probe) -> None:
     if paths:
         names = ", ".join(map(module_name, paths))
         raise ValueError(
-            f"{_DETERMINISTIC} Flax's module has dropout in {names}. Set the rate to 0 there, and "
-            "p to 0 in PyTorch."
+            f"{_DETERMINISTIC} Flax's module draws random numbers in {names}. Set the rate to 0 if "
+            "that is dropout, or switch it off, on both sides."
         )
+    for mode, calls in probe.calls.items():
+        if calls.unlike_masks:
+            raise ValueError(
+                "Dropout gets the same masks on both sides, in the order of its calls, but in "
+                f"{mode} {calls.unlike_masks}. Set the rate to 0 in Flax and p to 0 in PyTorch, or "
+                "pass steps=0 to compare the evaluation alone."
+            )
 
 
 def _require_comparable_outputs(probe: Probe) -> None:

@@ -95,6 +95,8 @@ def _pair_nested(
     found = {}
     if paths and names and (paths[-1], names[-1]) in owners:
         found[names.pop()] = paths.pop()
+    # The whole modules correspond whatever their weights.
+    paths, names = [path for path in paths if path], [name for name in names if name]
     if len(paths) == len(names):
         return {**found, **dict(zip(names, paths, strict=True))}
     ends = Counter(_end(name.split(".")) for name in names)

@@ -53,6 +53,9 @@ def different_settings(probe: Probe) -> Iterator[str]:
     for path, flax, torch in probe.modules:
         for sentence in _settings(flax, torch):
             found.setdefault(sentence, []).append(module_name(path))
+    rates = dict.fromkeys(r for calls in probe.calls.values() for r in calls.rates if r[0] != r[1])
+    for a, b in rates:
+        yield f"dropout: rate is {a:g} in Flax, and p {b:g} in PyTorch."
     for sentence, modules in found.items():
         yield f"{_listed(modules, 'modules')}: {sentence}"
 

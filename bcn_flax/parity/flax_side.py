@@ -19,6 +19,7 @@ from bcn_flax.interop import trees
 from bcn_flax.interop.layouts import Array, Path, is_array
 from bcn_flax.interop.trees import Variables
 from bcn_flax.parity import widening
+from bcn_flax.parity.dropout import Masks, mask_nnx, with_masks
 from bcn_flax.parity.protocol import (
     Arguments,
     Observation,
@@ -66,6 +67,7 @@ class FlaxModel(NamedTuple):
         wide: whether it is given float64.
         forward: the module as a pure function.
         widened: whether it also computes in float64 what the module narrows.
+        masks: of its dropout; None if it draws its own.
     """
 
     module: Module
@@ -75,6 +77,7 @@ class FlaxModel(NamedTuple):
     wide: bool
     forward: Forward
     widened: bool = False
+    masks: Masks | None = None
 
     @property
     def leaves(self) -> list[Any]:
@@ -83,7 +86,15 @@ class FlaxModel(NamedTuple):
 
     def in_float64(self) -> "FlaxModel":
         """The same module and variables, computed in float64 whatever the module narrows."""
-        model = flax_model(self.module, self.variables, self.arguments, [], self.call, wide=True)
+        model = flax_model(
+            self.module,
+            self.variables,
+            self.arguments,
+            [],
+            self.call,
+            wide=True,
+            masks=self.masks,
+        )
         if isinstance(model.module, nnx.Module):
             widening.set_wide_dtypes(model.module)
         return model._replace(forward=widening.wide_dtypes(model.forward), widened=True)
@@ -120,14 +131,13 @@ class FlaxModel(NamedTuple):
             called = {
                 trees.linen_path(place): part for place, part in nnx.iter_modules(self.module)
             }
-            random = [path for path, part in called.items() if _rate(part) > 0]
         with float64_enabled(self.wide):
             try:
-                traced = jax.jit(partial(self._recorded, called, taken, train=train)).trace(
+                traced = jax.jit(partial(self._recorded, called, taken, random, train=train)).trace(
                     self.variables, list(inputs)
                 )
             except InvalidRngError:
-                return FlaxTrace({}, called, [*called][-1:], list)
+                return FlaxTrace({}, called, random[:1], list)
 
         def run() -> list[Snapshot]:
             with float64_enabled(self.wide):
@@ -147,6 +157,7 @@ class FlaxModel(NamedTuple):
         self,
         called: dict[Path, Any],
         taken: list[Snapshot],
+        random: list[Path],
         variables: Variables,
         inputs: Sequence[Any],
         *,
@@ -154,7 +165,8 @@ class FlaxModel(NamedTuple):
     ) -> tuple[list[Any], list[list[Any]]]:
         """The outputs of the module, and what all modules inside get and return.
 
-        Adds the modules that are called to `called`, and to `taken` what the arrays are.
+        Adds the modules that are called to `called`, to `taken` what the arrays are, and to
+        `random` the modules that draw random numbers.
         """
         calls: Counter[Path] = Counter()
         arrays: list[list[Any]] = []
@@ -173,14 +185,20 @@ class FlaxModel(NamedTuple):
             return outputs
 
         def intercept(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-            called.setdefault(context.module.path, context.module)
-            if context.method_name != "__call__":
-                return method(*args, **kwargs)
-            return record(context.module.path, method, args, kwargs)
+            path = context.module.path
+            called.setdefault(path, context.module)
+            try:
+                if context.method_name != "__call__":
+                    return method(*args, **kwargs)
+                return record(path, method, args, kwargs)
+            except InvalidRngError:
+                random.append(path)  # the innermost module is the first
+                raise
 
         if isinstance(self.module, nnx.Module):
-            module = _recording(self.module, record)
-            outputs, _ = forward_of(module, self.call, self.arguments)(variables, inputs, train)
+            module = _recording(self.module, record, random.append)
+            forward = forward_of(module, self.call, self.arguments, self.masks)
+            outputs, _ = forward(variables, inputs, train)
         else:
             with nn.intercept_methods(intercept):
                 outputs, _ = self.forward(variables, inputs, train)
@@ -195,6 +213,7 @@ def flax_model(
     call: Call | None,
     *,
     wide: bool,
+    masks: Masks | None = None,
 ) -> FlaxModel:
     """A module with its variables.
 
@@ -205,6 +224,7 @@ def flax_model(
         inputs: the arrays of a call, from which these shapes follow.
         call: see `compare`.
         wide: whether to compute in float64.
+        masks: of its dropout, in training; by default it draws its own.
     """
     call = call or mode_argument(module)
     with float64_enabled(wide):
@@ -214,8 +234,10 @@ def flax_model(
             variables = to_float64(variables)
         if isinstance(module, nnx.Module):
             module = trees.replace_leaves(nnx.clone(module), trees.flax_leaves(variables))
-    forward = forward_of(module, call, arguments)
-    return FlaxModel(module, variables, arguments, call, wide, forward)
+    if isinstance(module, nnx.Module) and masks is not None:
+        mask_nnx(module, masks)
+    forward = forward_of(module, call, arguments, masks)
+    return FlaxModel(module, variables, arguments, call, wide, forward, masks=masks)
 
 
 def _initial_variables(
@@ -247,13 +269,19 @@ def mode_argument(module: Module) -> Call:
     return lambda train: {}
 
 
-def forward_of(module: Module, call: Call | None, arguments: Arguments | None = None) -> Forward:
+def forward_of(
+    module: Module,
+    call: Call | None,
+    arguments: Arguments | None = None,
+    masks: Masks | None = None,
+) -> Forward:
     """The module as a pure function.
 
     Args:
         module: of linen or NNX.
         call: from `train: bool` to the keyword arguments that depend on it.
         arguments: how the input arrays become the others; by default each is one, by position.
+        masks: of linen's dropout; by default it draws its own.
     """
     call = call or mode_argument(module)
     if isinstance(module, nn.Module):
@@ -269,7 +297,7 @@ def forward_of(module: Module, call: Call | None, arguments: Arguments | None = 
         outputs, statistics = of_module(variables, positional, keywords, train)
         return [y for y in output_leaves(outputs) if is_array(y) or np.isscalar(y)], statistics
 
-    return forward
+    return forward if masks is None else with_masks(forward, masks)
 
 
 class FlaxSide:
@@ -375,25 +403,39 @@ def _nnx_forward(
     return outputs, {name: after[name] for name in ("batch_stats",) if name in after}
 
 
-def _rate(module: Any) -> float:
-    """The dropout rate of a module."""
-    rates = (getattr(module, name, 0.0) for name in ("rate", "dropout_rate"))
-    return max(rate if isinstance(rate, int | float) else 0.0 for rate in rates)
-
-
 def _arrays(tree: Any) -> list[Any]:
     """The arrays of numbers, and no random keys."""
     found = [x for x in output_leaves(tree) if is_array(x)]
     return [x for x in found if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
 
 
-def _recording(module: nnx.Module, record: Callable[..., Any]) -> nnx.Module:
-    """A copy of a module whose parts record what they return: each gets a class of its own."""
+def _recording(
+    module: nnx.Module, record: Callable[..., Any], drawn: Callable[[Path], None]
+) -> nnx.Module:
+    """A copy of a module whose parts record what they get, return and draw, by their path.
+
+    Each part, and each stream of random numbers, gets a class of its own.
+    """
     module = nnx.clone(module)
-    for place, part in list(nnx.iter_modules(module)):
-        kind = _recording_class(type(part), trees.linen_path(place), record)
+    paths = {place: trees.linen_path(place) for place, _ in nnx.iter_modules(module)}
+    for place, part in list(nnx.iter_graph(module)):
+        if place in paths:
+            kind = _recording_class(type(part), paths[place], record)
+        elif isinstance(part, nnx.RngStream):
+            around = next(place[:n] for n in range(len(place), -1, -1) if place[:n] in paths)
+            kind = _noticing_class(type(part), partial(drawn, paths[around]))
+        else:
+            continue
         object.__setattr__(part, "__class__", kind)
     return module
+
+
+def _noticing_class(kind: Any, notice: Callable[[], None]) -> Any:
+    def call(self: Any) -> Any:
+        notice()
+        return kind.__call__(self)
+
+    return type(kind)(kind.__name__, (kind,), {"__call__": call})
 
 
 def _recording_class(kind: Any, path: Path, record: Callable[..., Any]) -> Any:

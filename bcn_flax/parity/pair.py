@@ -13,6 +13,7 @@ from bcn_flax.interop.layouts import Array, Path
 from bcn_flax.interop.trees import Variables
 from bcn_flax.parity import torch_side
 from bcn_flax.parity.counterparts import counterparts
+from bcn_flax.parity.dropout import Masks
 from bcn_flax.parity.flax_side import (
     Call,
     FlaxModel,
@@ -37,10 +38,19 @@ Matcher = Callable[[Any, Any], Match]
 
 
 class Calls(NamedTuple):
-    """A call of both modules."""
+    """A call of both modules.
+
+    Attributes:
+        flax: Flax's.
+        torch: PyTorch's.
+        unlike_masks: why dropout does not have the same masks in both; empty if it has.
+        rates: of dropout in Flax and in PyTorch, if it has.
+    """
 
     flax: FlaxTrace
     torch: TorchRun
+    unlike_masks: str = ""
+    rates: Sequence[tuple[float, float]] = ()
 
 
 class PairedModule(NamedTuple):
@@ -85,6 +95,7 @@ class ModulePair(NamedTuple):
         axes: the order of the axes of inputs and outputs.
         matcher: finds `match`.
         match: which of PyTorch's tensors is which of Flax's variables.
+        same_weights: whether one has got the weights of the other.
     """
 
     flax: FlaxModel
@@ -92,23 +103,26 @@ class ModulePair(NamedTuple):
     axes: Axes
     matcher: Matcher
     match: Match
+    same_weights: bool = True
 
     def in_float64(self) -> "ModulePair":
         """The same modules and weights in float64."""
         if self.flax.wide:
             return self
         flax, torch = self.flax.in_float64(), copy.deepcopy(self.torch).double()
-        return self._replace(flax=flax, torch=torch, match=_matched(flax, torch, self.matcher))
+        matched = _matched(flax, torch, self.matcher)
+        if self.same_weights:
+            # A sum of PyTorch's biases, for example, has been rounded in Flax's variables.
+            with float64_enabled(True):
+                flax = flax._replace(variables=matched.to_flax(torch))
+        return self._replace(flax=flax, torch=torch, match=matched)
 
     def probe(self, inputs: Sequence[Array], *, train: bool = True) -> Probe:
         """Call each module once in evaluation and, if they are trained, once in training."""
         if self.flax.wide:
             inputs = to_float64(inputs)
         calls = {
-            mode: Calls(
-                self.flax.trace(inputs, mode == "training"),
-                self.run_torch(inputs, mode == "training"),
-            )
+            mode: self._call(inputs, mode == "training")
             for mode in ("evaluation", "training")[: 1 + train]
         }
         flax = {path: part for c in calls.values() for path, part in c.flax.modules.items()}
@@ -117,6 +131,14 @@ class ModulePair(NamedTuple):
         known, torch = counterparts(self.match, self.torch), dict(self.torch.named_modules())
         modules = [PairedModule(path, flax.get(path), torch[name]) for path, name in known.settings]
         return Probe(inputs, calls, modules, known.values, constants)
+
+    def _call(self, inputs: Sequence[Array], train: bool) -> Calls:
+        calls = Calls(self.flax.trace(inputs, train), self.run_torch(inputs, train))
+        masks = self.flax.masks
+        if masks is None or masks.problem:
+            return calls._replace(unlike_masks=masks.problem if masks else "")
+        rates = [(a.rate, b.rate) for a, b in zip(masks.flax, masks.torch, strict=True)]
+        return calls._replace(rates=rates)
 
     def run_torch(
         self, inputs: Sequence[Array], train: bool, *, change: Change | None = None
@@ -130,6 +152,7 @@ class ModulePair(NamedTuple):
             train,
             widened=self.flax.widened,
             change=change,
+            masks=self.flax.masks,
         )
 
     def new_flax_side(self, optimizer: Optimizer, *, jit: bool = True) -> FlaxSide:
@@ -163,6 +186,7 @@ class ModulePair(NamedTuple):
             widened=self.flax.widened,
             perturbation=perturbation,
             every_operation=every_operation,
+            masks=self.flax.masks,
         )
 
 
@@ -190,7 +214,8 @@ def module_pair(
     _require_variables_if_used(flax, weights, variables)
     wide = _computes_in_float64(torch, inputs)
     arguments = arguments or split_arguments("inputs", tuple(inputs))[0]
-    model = flax_model(flax, nn.unbox(variables), arguments, inputs, call, wide=wide)
+    variables = nn.unbox(variables)
+    model = flax_model(flax, variables, arguments, inputs, call, wide=wide, masks=Masks())
     torch = torch_side.trainable(torch)
     matched = _matched(model, torch, matcher)
     if weights == "random":
@@ -200,7 +225,7 @@ def module_pair(
             torch.load_state_dict(matched.to_torch(model.variables))
         if weights == "torch":
             model = model._replace(variables=matched.to_flax(torch))
-    return ModulePair(model, torch, axes, matcher, matched)
+    return ModulePair(model, torch, axes, matcher, matched, weights != "own")
 
 
 def _require_variables_if_used(flax: Module, weights: Weights, variables: Variables | None) -> None:

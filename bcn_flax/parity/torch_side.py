@@ -14,6 +14,7 @@ import numpy as np
 
 from bcn_flax.interop import Match, layouts
 from bcn_flax.interop.layouts import Array
+from bcn_flax.parity.dropout import Masks, mask_torch
 from bcn_flax.parity.protocol import (
     Arguments,
     Observation,
@@ -100,11 +101,13 @@ def run(
     *,
     widened: bool = False,
     change: Change | None = None,
+    masks: Masks | None = None,
 ) -> TorchRun:
     """Call a copy of the module once, and record what it does.
 
     `widened` says whether to compute in float64 what the module narrows. `change` replaces what the
-    modules get and return; its snapshots have no arrays yet.
+    modules get and return; its snapshots have no arrays yet. `masks` are those of dropout, in the
+    place of its own.
     """
     import torch
 
@@ -132,6 +135,8 @@ def run(
         part.register_forward_pre_hook(before, with_kwargs=True)
         part.register_forward_hook(after)
 
+    if masks is not None:
+        mask_torch(module, masks)
     for name, part in module.named_modules():
         attach(name, part)
     given = _tensors(module, arguments.named(inputs), axes)
@@ -270,6 +275,7 @@ class TorchSide:
         widened: bool = False,
         perturbation: float | None = None,
         every_operation: bool = False,
+        masks: Masks | None = None,
     ) -> None:
         """Start from the module's parameters and statistics.
 
@@ -285,11 +291,14 @@ class TorchSide:
                 the parts of the module return, the gradients, and the steps; None for none.
             every_operation: whether to perturb the result of every operation in a part, too, so
                 that the errors of this module's own formulas are allowed.
+            masks: of dropout; by default it draws its own.
         """
         self._module, self._matched = copy.deepcopy(module), matched
         self._arguments, self._axes = arguments, axes
         self._wide, self._widened, self._every_operation = wide, widened, every_operation
         self._perturb = None if perturbation is None else Perturbation(perturbation)
+        if masks is not None:
+            mask_torch(self._module, masks)
         if self._perturb is not None:
             self._perturb.attach(self._module)
         self._parameters = list(self._module.parameters())
