@@ -2,7 +2,8 @@
 
 import importlib
 import sys
-from functools import cache, partial
+from functools import cache, partial, reduce
+from operator import getitem
 
 import jax
 import jax.numpy as jnp
@@ -124,32 +125,129 @@ def test_shortcuts_take_every_other_pixel_and_add_channels_of_zeros():
     np.testing.assert_array_equal(shortcut(x, 3, 1), x)
 
 
-def plain(params, x):
-    """The network without norms, layer after layer."""
+class Plain:
+    """The layers of a network as functions, with these variables; the norms are Flax's."""
 
-    def conv(layer, x, stride=1):
+    def __init__(self, variables, train):
+        self.variables, self.train, self.seen = variables, train, {}
+
+    def own(self, *names):
+        return {kind: reduce(getitem, names, tree) for kind, tree in self.variables.items()}
+
+    def conv(self, x, *names, stride=1):
+        layer = reduce(getitem, names, self.variables["params"])
         y = lax.conv_general_dilated(
             x, layer["kernel"], (stride, stride), ((1, 1), (1, 1)), None, None, AXES
         )
-        return y + jnp.reshape(layer["bias"], (1, 1, 1, -1))
+        return y + jnp.reshape(layer.get("bias", jnp.zeros(1)), (1, 1, 1, -1))
 
-    x = jax.nn.relu(conv(params["first_conv"], x))
+    def norm(self, x, *names):
+        if "batch_stats" not in self.variables:
+            return x
+        norm = nn.BatchNorm(use_running_average=not self.train)
+        y, after = norm.apply(self.own(*names), x, mutable=["batch_stats"])
+        self.seen["/".join(names)] = after["batch_stats"]
+        return y
+
+    def head(self, x):
+        params = self.variables["params"]["fc"]
+        return x.mean((1, 2)) @ params["kernel"] + params["bias"][None]
+
+
+def plain_resnet(variables, x, train):
+    """Logits and statistics, layer after layer."""
+    layers = Plain(variables, train)
+    x = jax.nn.relu(layers.norm(layers.conv(x, "first_conv"), "first_norm"))
     for i, stride in enumerate((1, 2, 2)):
-        block = params[f"blocks_{i}"]
-        y = conv(block["convs_1"], jax.nn.relu(conv(block["convs_0"], x, stride)))
+        block = f"blocks_{i}"
+        y = layers.norm(layers.conv(x, block, "convs_0", stride=stride), block, "norms_0")
+        y = layers.norm(layers.conv(jax.nn.relu(y), block, "convs_1"), block, "norms_1")
         kept = jnp.zeros_like(y).at[..., : x.shape[-1]].set(x[:, ::stride, ::stride])
         x = jax.nn.relu(kept + y)
-    return x.mean((1, 2)) @ params["fc"]["kernel"] + params["fc"]["bias"][None]
+    return layers.head(x), layers.seen
 
 
-def test_without_a_norm_it_equals_a_plain_implementation():
-    model = small(conv=nn.Conv, norm=None)
-    # Perturbed, because all biases start at 0.
-    params = jax.tree.map(
-        lambda p: p + 0.05 * jax.random.normal(KEY, p.shape), init(model)["params"]
+def plain_vgg(variables, x, train):
+    """Of one block of a convolution, and one of two."""
+    layers = Plain(variables, train)
+    places = iter(range(20))
+    for convolutions in 1, 2:
+        for _ in range(convolutions):
+            x = layers.conv(x, f"layers_{next(places)}")
+            if "batch_stats" in variables:
+                x = layers.norm(x, f"layers_{next(places)}")
+            x, _ = jax.nn.relu(x), next(places)
+        n, h, w, c = x.shape
+        x, _ = x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4)), next(places)
+    return layers.head(x), layers.seen
+
+
+def perturbed(variables):
+    """All values changed, because biases start at 0 and scales at 1; variances stay positive."""
+    return jax.tree.map(
+        lambda p: p + 0.05 * jax.random.uniform(jax.random.key(p.size), p.shape), variables
     )
-    logits, _ = evaluate(model, {"params": params})
-    np.testing.assert_allclose(logits, jax.jit(plain)(params, IMAGES), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["none", "bn"])
+def test_it_equals_a_plain_implementation(norm):
+    model, variables, step = network(norm)
+    variables = perturbed(variables)
+    _, logits, stats, _ = step(variables, IMAGES, LABELS[:1])
+    assert_alike((logits, stats), jax.jit(plain_resnet, static_argnums=2)(variables, IMAGES, True))
+    if norm == "bn":
+        logits, stats = evaluate(model, variables)
+        expected, _ = jax.jit(plain_resnet, static_argnums=2)(variables, IMAGES, False)
+        np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+        jax.tree.map(np.testing.assert_array_equal, stats["batch_stats"], variables["batch_stats"])
+
+
+@pytest.mark.parametrize("norm", ["none", "bn"])
+@pytest.mark.parametrize("train", [True, False])
+def test_the_vgg_equals_a_plain_implementation(norm, train):
+    blocks = ((4,), (6, 5))
+    model = VGG(blocks, num_classes=3, conv=nn.Conv, norm=NORMS[norm])
+    variables = perturbed(init(model))
+    run = jax.jit(partial(model.apply, train=train, mutable=["batch_stats"]))
+    logits, updates = run(variables, IMAGES)
+    expected = jax.jit(plain_vgg, static_argnums=2)(variables, IMAGES, train)
+    assert_alike((logits, updates.get("batch_stats", {})), expected)
+    if norm == "bn" and train:
+        make = partial(nnx_models.VGG, blocks, num_classes=3, conv=nnx.Conv, norm=nnx.BatchNorm)
+        in_nnx = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+        fill(in_nnx, variables)
+        actual = nnx.jit(lambda model, x: model(x))(in_nnx, IMAGES)
+        np.testing.assert_allclose(actual, logits, rtol=1e-5, atol=1e-5)
+
+
+def assert_alike(actual, expected):
+    """Logits, and the statistics of each norm."""
+    (logits, stats), (plain_logits, plain_stats) = actual, expected
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    close(logits, plain_logits)
+    for name, plain in plain_stats.items():
+        jax.tree.map(close, reduce(getitem, name.split("/"), stats), plain)
+    assert len(jax.tree.leaves(stats)) == len(jax.tree.leaves(plain_stats))
+
+
+def test_kernels_start_as_he_et_al_say():
+    """With a variance of 2 by fan-in, in linen and NNX."""
+    given = []
+
+    def linen_conv(*args, **options):
+        given.append(options["kernel_init"])
+        return nn.Conv(*args, **options)
+
+    def nnx_conv(*args, **options):
+        given.append(options["kernel_init"])
+        return nnx.Conv(*args, **options)
+
+    shapes(small(conv=linen_conv, norm=None))
+    nnx.eval_shape(lambda: nnx_models.ResNet(8, conv=nnx_conv, norm=None, rngs=nnx.Rngs(0)))
+    assert len(given) == 2 * 7
+    for kernel_init in given[0], given[-1]:
+        kernel = kernel_init(KEY, (3, 3, 64, 64), jnp.float32)
+        np.testing.assert_allclose(kernel.std(), (2 / (9 * 64)) ** 0.5, rtol=0.02)
 
 
 @every_norm
@@ -188,20 +286,8 @@ def test_the_given_classes_are_used_in_every_layer():
 # Training
 
 
-@every_norm
-def test_a_single_image_gives_finite_logits_and_gradients(norm):
-    _, variables, step = network(norm)
-    image = jax.random.normal(KEY, (1, 8, 8, 3))
-    loss, logits, stats, gradient = step(variables, image, LABELS[:1])
-    assert logits.shape == (1, 10)
-    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((loss, logits, stats, gradient)))
-    kernels = [gradient["first_conv"], *(gradient[f"blocks_{i}"]["convs_1"] for i in range(3))]
-    assert all(kernel["kernel"].any() for kernel in kernels)
-
-
-@pytest.mark.parametrize("norm", ["bcn", "bn"])
-def test_statistics_move_in_training_only(norm):
-    model, variables, step = network(norm)
+def test_statistics_move_in_training_only():
+    model, variables, step = network("bcn")
     _, _, after, _ = step(variables, IMAGES, LABELS[:1])
     before = variables["batch_stats"]
     moved = [(x != y).any() for x, y in zip(*map(jax.tree.leaves, (before, after)), strict=True)]
@@ -235,6 +321,7 @@ def test_a_few_epochs_of_single_images_lower_the_loss():
         losses = []
         for image, label in zip(images, LABELS[:, None], strict=True):
             loss, _, stats, gradient = step(variables, image, label)
+            assert all(jnp.isfinite(x).all() and x.any() for x in jax.tree.leaves(gradient))
             params = jax.tree.map(lambda p, g: p - 0.01 * g, variables["params"], gradient)
             variables = {"params": params, "batch_stats": stats}
             losses.append(float(loss))

@@ -6,6 +6,7 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from training import TrainingError, cifar, data
@@ -188,6 +189,12 @@ def test_digits_are_all_there():
         return sorted(map(tuple, np.column_stack([images, labels]).astype(int)))
 
     assert rows(np.round(images * (16 / 255)), labels) == rows(source.data, source.target)
+
+
+def test_a_picture_that_is_not_square(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(tmp_path / "picture.png")
+    np.testing.assert_array_equal(data.read_picture(tmp_path / "picture.png", (4, 6, 3)), pixels)
 
 
 def test_padding_has_class_minus_1():

@@ -69,6 +69,13 @@ def test_a_run_is_resumed_on_other_devices(on_one):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+def test_each_device_has_an_equal_part_of_a_batch():
+    placement, batch = Placement(4, 16), np.arange(32.0).reshape(16, 2)
+    for array, size in ((jax.jit(placement.split)(batch), 4), (placement.replicate(batch), 16)):
+        assert [shard.data.shape for shard in array.addressable_shards] == 4 * [(size, 2)]
+        np.testing.assert_array_equal(array, batch)
+
+
 def test_several_processes_must_agree_on_a_folder(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(TrainingError, match="Several processes must all write to one folder"):

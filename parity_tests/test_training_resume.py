@@ -24,7 +24,7 @@ from training import TrainingError, data
 from training.checkpoints import Checkpoints
 from training.config import Config, resolve
 from training.devices import Placement
-from training.progress import Stopped
+from training.progress import NOTED, Signals, Stopped
 
 TIMES = {"seconds", "images_per_second"}
 SMALL = Config(epochs=3, devices=1, micro_batch=16)
@@ -101,8 +101,23 @@ def test_a_run_stopped_by_a_signal_is_resumed_bit_for_bit(monkeypatch, whole, nu
             train_cifar.main(config("run"))
     assert stopped.value.number == number
     assert len(calls) == after
-    train_cifar.main(config("run", resume=True))
+    free = {"checkpoint_every": 5, "data_dir": Path("elsewhere")}
+    train_cifar.main(config("run", resume=True, **free))
     assert_same(outcome("run"), whole[1])
+
+
+def test_a_second_signal_takes_effect():
+    handlers = [signal.getsignal(number) for number in NOTED]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.noted == signal.SIGTERM
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGTERM) == handlers[1]
+    finally:
+        signal.signal(signal.SIGINT, handlers[0])
 
 
 def test_resuming_a_finished_run_changes_nothing(whole, capsys):

@@ -34,6 +34,8 @@ OPTIONS = {
     "seed": (0, 5),
     "devices": (1, 2),
 }
+# These decide together what is added to the weights.
+TOGETHER = ("optimizer", "micro_batch", "clip_norm", "weight_decay")
 DEFAULTS = {"digits": (0.002, 32, "cosine"), "cifar10": (0.00025, 64, "constant")}
 SHIFTS = {"digits": 1, "cifar10": 4}
 TRAINING, HELD_OUT, SIZE, CHANNELS, CLASSES = 19, 7, 9, 2, 3
@@ -47,12 +49,12 @@ SHAPES = {
 DECAY = {"mixing", "kernel"}
 
 
-def in_pairs(options):
-    """Few combinations in which any two values of two options occur together."""
+def in_pairs(options, together=()):
+    """Few combinations in which any two values of two options occur, and any of some together."""
     left = [
-        {one: x, other: y}.items()
-        for one, other in combinations(options, 2)
-        for x, y in product(options[one], options[other])
+        dict(zip(names, values, strict=True)).items()
+        for names in [*filter(None, [together]), *combinations(options, 2)]
+        for values in product(*(options[name] for name in names))
     ]
     cases = []
     while left:
@@ -66,13 +68,13 @@ def in_pairs(options):
     return cases
 
 
-CASES = in_pairs(OPTIONS)
+CASES = in_pairs(OPTIONS, TOGETHER)
 
 
 def test_any_two_values_of_two_options_occur_together():
-    for one, other in combinations(OPTIONS, 2):
-        together = {(case[one], case[other]) for case in CASES}
-        assert together == set(product(OPTIONS[one], OPTIONS[other]))
+    for names in TOGETHER, *combinations(OPTIONS, 2):
+        found = {tuple(case[name] for name in names) for case in CASES}
+        assert found == set(product(*(OPTIONS[name] for name in names)))
 
 
 # The run
@@ -292,6 +294,9 @@ def test_training_is_what_the_help_says(monkeypatch, options):
     metrics = [[row[name] for name in names] for row in history]
     np.testing.assert_allclose(metrics, rows, 1e-4)
     assert [row["epoch"] for row in history] == [*range(1, config.epochs + 1)]
+    seconds, speeds = ([row[name] for row in history] for name in ("seconds", "images_per_second"))
+    images = batches_per_epoch * config.batch_size
+    np.testing.assert_allclose(np.multiply(speeds, seconds), images)
 
 
 def assert_images_are_drawn_anew(origins, per_epoch, mirrors):

@@ -101,10 +101,20 @@ class Config:
     tensorboard: bool = False
 
 
-# Settings that may change when a run is resumed.
-FREE = {
-    *("data_dir", "output", "resume", "checkpoint_every", "eval_only", "predict", "tensorboard"),
-    *("devices", "distributed", "coordinator", "num_processes", "process_id"),
+#: The settings that may change when a run is resumed, and why each may.
+FREE: Mapping[str, str] = {
+    "data_dir": "the data are the same wherever they are",
+    "output": "it says which run is resumed, and the folder may have been moved",
+    "resume": "it is not set in the first part of a run",
+    "checkpoint_every": "saving a state does not change it",
+    "eval_only": "it changes nothing in the run",
+    "predict": "it changes nothing in the run",
+    "devices": "the results are the same but for rounding",
+    "distributed": "the results are the same but for rounding",
+    "coordinator": "it may have another address",
+    "num_processes": "the results are the same but for rounding",
+    "process_id": "each process has its own",
+    "tensorboard": "it only adds files",
 }
 
 
@@ -292,5 +302,5 @@ def default_folder(config: Config, recipe: Recipe) -> Path:
 
 def with_settings_of(config: Config, run: Mapping[str, Any]) -> Config:
     """The configuration with the settings of an earlier run, but those in `FREE`."""
-    settings = {name: run[name] for name in vars(config).keys() & run.keys() - FREE}
+    settings = {name: run[name] for name in vars(config).keys() & run.keys() - FREE.keys()}
     return dataclasses.replace(config, **settings)
