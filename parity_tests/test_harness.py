@@ -1,14 +1,11 @@
 """The harness on small models: it passes equal ones, and finds and explains every difference."""
 
-import re
-from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
 from flax import nnx
@@ -18,119 +15,43 @@ from bcn_flax.parity import (
     AXES,
     CHANNELS,
     SAME,
-    Name,
-    Optimizer,
     Tolerance,
     adam,
     assert_parity,
     compare,
     observation,
-    sgd,
 )
 from bcn_flax.parity.pair import module_pair
+from parity_tests.small_models import (
+    EVALUATION,
+    ONE_STEP,
+    SENTENCES,
+    TOKENS,
+    VECTORS,
+    Flax,
+    FlaxWithModes,
+    NnxBn,
+    NnxMlp,
+    Torch,
+    doubled_gradient,
+    failures,
+    first_failures,
+    flax_bn,
+    flax_mlp,
+    in_flax,
+    in_torch,
+    torch_bn,
+    torch_mlp,
+    twice,
+)
 
 pytestmark = pytest.mark.torch
-
-RNG = np.random.default_rng(0)
-VECTORS = RNG.normal(size=(6, 5)).astype(np.float32)
-IMAGES = RNG.normal(size=(2, 6, 6, 3)).astype(np.float32)
-SENTENCES = RNG.normal(size=(2, 4, 8)).astype(np.float32)
-TOKENS = np.array([[0, 3, 3], [1, 2, 0]])
-
-# Each phase with other shapes or another mode is another program to compile.
-ONE_STEP = {"eager": False, "steps": 1}
-EVALUATION = {"eager": False, "steps": 0}
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     """The same initial weights in every run."""
     torch.manual_seed(0)
-
-
-class Flax(nn.Module):
-    """A function of itself and its inputs."""
-
-    function: object
-
-    @nn.compact
-    def __call__(self, *inputs):
-        return self.function(self, *inputs)
-
-
-class FlaxWithModes(Flax):
-    @nn.compact
-    def __call__(self, *inputs, train):
-        return self.function(self, *inputs, train)
-
-
-class Torch(torch.nn.Module):
-    """The same, with modules and parameters by name."""
-
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *inputs):
-        return self.function(self, *inputs)
-
-
-def flax_mlp(activation=jnp.tanh):
-    return Flax(lambda _, x: nn.Dense(3, name="out")(activation(nn.Dense(7, name="hidden")(x))))
-
-
-class NnxMlp(nnx.Module):
-    def __init__(self):
-        self.hidden = nnx.Linear(5, 7, rngs=nnx.Rngs(0))
-        self.out = nnx.Linear(7, 3, rngs=nnx.Rngs(0))
-
-    def __call__(self, x):
-        return self.out(jnp.tanh(self.hidden(x)))
-
-
-def torch_mlp(activation=torch.tanh):
-    return Torch(
-        lambda self, x: self.out(activation(self.hidden(x))),
-        hidden=torch.nn.Linear(5, 7),
-        out=torch.nn.Linear(7, 3),
-    )
-
-
-def flax_bn(momentum=0.99):
-    def forward(_, x, train):
-        x = nn.Dense(4, name="dense")(x)
-        return nn.BatchNorm(use_running_average=not train, momentum=momentum, name="bn")(x)
-
-    return FlaxWithModes(forward)
-
-
-class NnxBn(nnx.Module):
-    def __init__(self):
-        self.dense = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
-        self.bn = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
-
-    def __call__(self, x):
-        return self.bn(self.dense(x))
-
-
-def torch_bn():
-    return Torch(
-        lambda self, x: self.bn(self.dense(x)),
-        dense=torch.nn.Linear(5, 4),
-        bn=torch.nn.BatchNorm1d(4),
-    )
-
-
-def failures(comparison):
-    return [row for row in comparison.rows if not row.passed]
-
-
-def first_failures(comparison):
-    """The first phase with a difference, and the names of what differs in it."""
-    failed = failures(comparison)
-    return failed[0].phase, {str(row.name) for row in failed if row.phase == failed[0].phase}
 
 
 # Equal models
@@ -186,14 +107,6 @@ def unused_torch():
     shapes = {"offset": (2,), "gain": ()}
     parameters = {name: torch.nn.Parameter(torch.ones(n)) for name, n in shapes.items()}
     return Torch(lambda self, x: x * self.gain, **parameters)
-
-
-def in_torch(function):
-    return Torch(lambda _, *inputs: function(*inputs))
-
-
-def in_flax(function):
-    return Flax(lambda _, *inputs: function(*inputs))
 
 
 STRUCTURES = {
@@ -393,215 +306,6 @@ def test_the_probe_calls_each_module_once_in_evaluation_and_in_training():
     assert [*probe.calls] == ["evaluation", "training"]
 
 
-# Differences are found and explained
-
-
-@jax.custom_jvp
-def doubled_gradient(x):
-    return x
-
-
-doubled_gradient.defjvp(lambda x, dx: (x[0], 2 * dx[0]))
-
-
-def counted(self, x, train, *, by=1.0, of_gain=lambda gain: gain):
-    count = self.variable("batch_stats", "mean", jnp.zeros, ())
-    if train and not self.is_initializing():
-        count.value = count.value + by
-    return x * of_gain(self.param("gain", nn.initializers.ones, ()))
-
-
-class TorchCounted(torch.nn.Module):
-    def __init__(self, factors=(1, 1)):
-        super().__init__()
-        self.gain, self.factors = torch.nn.Parameter(torch.ones(())), factors
-        self.register_buffer("running_mean", torch.zeros(()))
-
-    def forward(self, x):
-        if self.training:
-            self.running_mean += 1
-        return x * self.gain * self.factors[self.training]
-
-
-def flax_layer_norm(_, x):
-    return nn.Dense(3, name="out")(nn.LayerNorm(epsilon=1e-6, name="norm")(x))
-
-
-def torch_layer_norm():
-    return Torch(
-        lambda self, x: self.out(self.norm(x)),
-        norm=torch.nn.LayerNorm(5),
-        out=torch.nn.Linear(5, 3),
-    )
-
-
-class FlaxCell(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        return nn.tanh(x), None
-
-
-def flax_scan(_, x):
-    """The outputs of the cells have no values outside of the scan."""
-    x, _ = nn.scan(FlaxCell, length=2)(name="cells")(x, None)
-    return nn.Dense(3, name="out")(x)
-
-
-class Difference(NamedTuple):
-    """Two modules that differ, where they first do, and the beginnings of the hints."""
-
-    flax: object
-    module: object
-    phase: str
-    names: set[str]
-    hints: list[str]
-    options: dict[str, Any] = ONE_STEP
-
-
-ADAMW = Optimizer(optax.adamw(0.1), lambda p: torch.optim.AdamW(p, 0.1))  # weight decay 1e-4, 1e-2
-COUNTED = FlaxWithModes(counted)
-OF_OUTPUT = {"output", "input gradient", "gradient gain"}
-STATISTICS = {"statistic bn/mean", "statistic bn/var"}
-FIRST_MODULE = (
-    "In evaluation, the first difference arises between the output of hidden, which agrees, and "
-    "the input of out, which does not."
-)
-MOMENTUM = (
-    "bn: momentum is 0.99 in Flax and 0.1 in PyTorch, where it is the weight of the new value: 0.9 "
-    "in Flax's words."
-)
-VARIANCE = (
-    "bn/var converges to 1.2 times Flax's value in PyTorch, which is n / (n - 1) for n = 6 values: "
-    "biased in Flax, unbiased in PyTorch."
-)
-OTHER_FORMULA = "They differ in float64 as well: the cause is not rounding, they compute different"
-DIFFERENCES = {
-    "only in evaluation": Difference(
-        COUNTED, TorchCounted((2, 1)), "evaluation", OF_OUTPUT, ["In evaluation, the first module"]
-    ),
-    "only in training": Difference(
-        COUNTED,
-        TorchCounted((1, 2)),
-        "training step 1",
-        {*OF_OUTPUT, "parameter gain"},
-        ["In training, the first module whose output differs is the module itself; its input"],
-    ),
-    "only in a statistic": Difference(
-        FlaxWithModes(lambda self, x, train: counted(self, x, train, by=1.1)),
-        TorchCounted(),
-        "training step 1",
-        {"statistic mean"},
-        [],
-    ),
-    "only in an input's gradient": Difference(
-        FlaxWithModes(lambda self, x, train: counted(self, doubled_gradient(x), train)),
-        TorchCounted(),
-        "evaluation",
-        {"input gradient"},
-        [],
-    ),
-    "only in a parameter's gradient": Difference(
-        FlaxWithModes(lambda self, x, train: counted(self, x, train, of_gain=doubled_gradient)),
-        TorchCounted(),
-        "evaluation",
-        {"gradient gain"},
-        [],
-    ),
-    "only after the optimizer": Difference(
-        COUNTED,
-        TorchCounted(),
-        "training step 1",
-        {"parameter gain"},
-        ["All gradients agree, and the parameters after the step do not: the two optimizers"],
-        {**ONE_STEP, "optimizer": ADAMW},
-    ),
-    "training that diverges": Difference(
-        COUNTED,
-        TorchCounted((1, 2)),
-        "training step 1",
-        {*OF_OUTPUT, "parameter gain"},
-        ["In training, the first", "Training diverges: gain grows to "],
-        {**ONE_STEP, "optimizer": sgd(1e5)},
-    ),
-    "momentum and variance": Difference(
-        flax_bn(), torch_bn(), "training step 1", STATISTICS, [MOMENTUM, VARIANCE]
-    ),
-    "momentum and variance of NNX": Difference(
-        NnxBn(), torch_bn(), "training step 1", STATISTICS, [MOMENTUM, VARIANCE]
-    ),
-    "variance": Difference(
-        flax_bn(momentum=0.9), torch_bn(), "training step 1", {"statistic bn/var"}, [VARIANCE]
-    ),
-    "epsilon": Difference(
-        Flax(flax_layer_norm),
-        torch_layer_norm(),
-        "evaluation",
-        {"output", "input gradient"},
-        [
-            "In evaluation, the first module whose output differs is norm; its input agrees.",
-            "norm: epsilon is 1e-06 in Flax, and eps 1e-05 in PyTorch.",
-        ],
-        {**EVALUATION, "weights": "random"},
-    ),
-    "formula": Difference(
-        flax_mlp(nn.gelu),
-        torch_mlp(torch.nn.functional.gelu),
-        "evaluation",
-        {"output"},
-        [FIRST_MODULE],
-        EVALUATION,
-    ),
-    "formula after a scan": Difference(
-        Flax(flax_scan),
-        Torch(lambda self, x: self.out(torch.tanh(x)), out=torch.nn.Linear(5, 3)),
-        "evaluation",
-        {"output"},
-        ["In evaluation, the first difference arises between the input of the module itself,"],
-        EVALUATION,
-    ),
-    "formula of NNX": Difference(
-        NnxMlp(), torch_mlp(torch.relu), "evaluation", {"output"}, [FIRST_MODULE], EVALUATION
-    ),
-}
-
-
-@pytest.mark.parametrize("difference", DIFFERENCES)
-def test_a_difference_is_found_and_explained(difference):
-    flax, module, phase, names, hints, options = DIFFERENCES[difference]
-    comparison = compare(flax, module, VECTORS, **options)
-    first_phase, first_names = first_failures(comparison)
-    assert first_phase == phase
-    assert first_names == names if phase == "training step 1" else first_names >= names
-    hints = [*hints, OTHER_FORMULA]
-    assert len(comparison.hints) == len(hints), comparison.hints
-    for actual, expected in zip(comparison.hints, hints, strict=True):
-        assert actual.startswith(expected)
-
-
-def test_settings_that_differ_without_a_difference_yet_are_named():
-    def forward(_, x, train):
-        x = nn.Conv(4, (3, 3), padding=1, name="conv")(x)
-        return nn.relu(nn.BatchNorm(use_running_average=not train, name="bn")(x))
-
-    module = Torch(
-        lambda self, x: torch.relu(self.bn(self.conv(x))),
-        conv=torch.nn.Conv2d(3, 4, 3, padding=1),
-        bn=torch.nn.BatchNorm2d(4),
-    )
-    comparison = assert_parity(FlaxWithModes(forward), module, IMAGES, **EVALUATION)
-    assert "They agree, but their settings differ:\n  - bn: momentum is 0.99" in str(comparison)
-
-
-def test_a_constant_in_float32_is_told_from_another_formula():
-    """Both multiply by 0.1, and only one rounds it, which only float64 shows."""
-    flax = in_flax(lambda x: x * jnp.asarray(np.float32(0.1)))
-    comparison = compare(flax, in_torch(lambda x: x * 0.1), VECTORS, **EVALUATION)
-    assert {row.implementations[0] for row in failures(comparison)} == {"Flax in float64"}
-    assert comparison.hints[-1].startswith(
-        "They differ in float64 as well, but no more than by roundings of float32: a small constant"
-    )
-
-
 # Which side is less accurate
 
 
@@ -661,10 +365,6 @@ class Doubled:
         assert x.dtype == dy.dtype == np.float64
         seen = observation({"": self.factor * x}, {"": self.factor * dy}, {}, {})
         return {name: value for name, value in seen.items() if name.quantity in self.quantities}
-
-
-def twice(by=2.0):
-    return in_flax(lambda x: by * x), in_torch(lambda x: 2 * x)
 
 
 def test_all_implementations_are_compared_with_an_oracle():
@@ -855,156 +555,3 @@ def test_each_step_may_have_its_own_inputs():
         "training step 3",
         "evaluation after training",
     ]
-
-
-# What is refused
-
-
-class Refused(NamedTuple):
-    """A call of `compare` that is refused, and the message, which may stop or begin at `...`."""
-
-    message: str
-    flax: object = nn.Dense(3)
-    module: object = torch.nn.Linear(5, 3)
-    inputs: object = VECTORS
-    options: dict[str, Any] = EVALUATION
-
-
-def misnaming(variables):
-    return lambda inputs, *_: {Name("output", "logits"): inputs[0]}
-
-
-NOT_RANDOM = (
-    "Modules must be deterministic, apart from layers of dropout, since the two sides cannot draw "
-    "the same random numbers, but "
-)
-UNLIKE_MASKS = (
-    "Dropout gets the same masks on both sides, in the order of its calls, but in training "
-)
-NO_MASKS = (
-    "Set the rate to 0 in Flax and p to 0 in PyTorch, or pass steps=0 to compare the evaluation "
-    "alone."
-)
-DROP = torch.nn.Dropout(0.1)
-REFUSED = {
-    "inputs in float64": Refused(
-        "Inputs and modules must be of one precision, but the inputs are in float64, which is "
-        "NumPy's default, and PyTorch's parameters in float32: give inputs.astype(np.float32), "
-        "or compare in float64 with torch_module.double().",
-        inputs=VECTORS.astype(np.float64),
-    ),
-    "parameters in float64": Refused(
-        "Inputs and modules must be of one precision, but PyTorch's parameters are in float64 "
-        "and the inputs in float32: give inputs.astype(np.float64).",
-        module=torch.nn.Linear(5, 3).double(),
-    ),
-    "a list": Refused(
-        "inputs must be an array, a tuple of positional arguments, or a dictionary of keyword "
-        "arguments, made of arrays, None, numbers, strings, and lists, tuples and dictionaries of "
-        "these, but there is a list. Pass np.asarray(x) if it is one input, tuple(x) if it holds "
-        "all of them, (x,) if it is the only argument.",
-        inputs=[VECTORS],
-    ),
-    "three axes": Refused(
-        "... the input has 3 axes, for which there is no rule...",
-        module=torch.nn.Linear(8, 3),
-        inputs=SENTENCES,
-    ),
-    "other outputs": Refused(
-        "Both modules must return the same number of arrays, at least one, but in evaluation "
-        "Flax's returns 2, of shapes [(6, 5), (6, 5)], and PyTorch's 1, of shapes [(6, 5)]. "
-        "Tuples, lists, dictionaries and dataclasses are flattened; if there is anything else, "
-        "wrap your module in one that returns a tuple.",
-        in_flax(lambda x: (x, x)),
-        torch.nn.Identity(),
-    ),
-    "complex outputs": Refused(
-        "Outputs must be real, but there are complex ones, whose gradients the two libraries "
-        "define differently. Wrap your modules in modules that return real and imaginary "
-        "parts.",
-        in_flax(lambda x: x + 1j),
-        in_torch(lambda x: x + 1j),
-    ),
-    "dropout of PyTorch": Refused(
-        f"{UNLIKE_MASKS}the masks have the shapes [] in Flax and [(6, 3)] in PyTorch. {NO_MASKS}",
-        module=torch.nn.Sequential(OrderedDict(kernel=torch.nn.Linear(5, 3), drop=DROP)),
-        options={**ONE_STEP, "names": {"kernel": ""}},
-    ),
-    "a random function of PyTorch": Refused(
-        f"{NOT_RANDOM}PyTorch's module draws random numbers. Switch that off for the comparison, "
-        "on both sides.",
-        in_flax(lambda x: x),
-        Torch(lambda self, x: torch.nn.functional.dropout(x, 0.1, self.training)),
-        options=ONE_STEP,
-    ),
-    "dropout of linen": Refused(
-        f"{UNLIKE_MASKS}the masks have the shapes [(6, 5)] in Flax and [] in PyTorch. {NO_MASKS}",
-        FlaxWithModes(lambda _, x, t: nn.Dropout(0.1, name="drop")(x, deterministic=not t)),
-        torch.nn.Dropout(0.0),
-        options=ONE_STEP,
-    ),
-    "dropout of NNX": Refused(
-        f"{UNLIKE_MASKS}the masks have the shapes [(6, 5)] in Flax and [] in PyTorch. {NO_MASKS}",
-        nnx.Dropout(0.1, rngs=nnx.Rngs(0)),
-        torch.nn.Identity(),
-        options=ONE_STEP,
-    ),
-    "unknown weights": Refused(
-        "weights must be 'torch', 'flax', 'own' or 'random', not 'mine'.",
-        options={"weights": "mine"},
-    ),
-    "unused variables": Refused(
-        "... but weights are 'torch' and there are some.", options={"variables": {"params": {}}}
-    ),
-    "no variables": Refused(
-        "... but weights are 'own' and there are none.", options={"weights": "own"}
-    ),
-    "variables of NNX": Refused(
-        "An NNX module has its own variables...",
-        NnxMlp(),
-        torch_mlp(),
-        options={"variables": {"params": {}}},
-    ),
-    "a negative number of steps": Refused(
-        "steps must be a number of steps, or a list of the inputs of each, but it is -1.",
-        options={"steps": -1},
-    ),
-    "steps of an array": Refused(
-        "steps must be a number of steps, or a list of the inputs of each, but it is of type...",
-        options={"steps": VECTORS},
-    ),
-    "steps with more inputs": Refused(
-        "... as many inputs as evaluation has, 1, but steps[0] has 2...",
-        options={"steps": [(VECTORS, VECTORS)]},
-    ),
-    "a tolerance without a reason": Refused(
-        "A wider tolerance needs a reason, which the report prints...",
-        options={"tolerances": [Tolerance("output", 2)]},
-    ),
-    "a tolerance of 0": Refused(
-        "The factor of a tolerance must be positive, but...",
-        options={"tolerances": [Tolerance("output", 0)]},
-    ),
-    "a tolerance that matches nothing": Refused(
-        "... matches none of the arrays compared: ['input gradient', 'output'].",
-        *twice(),
-        options={"tolerances": [Tolerance("ouput", 0.5)], **EVALUATION},
-    ),
-    "a lower precision": Refused(
-        "... numbers' own, float32, but bfloat16 is less: give a Tolerance, with a reason.",
-        options={"precision": jnp.bfloat16},
-    ),
-    "an oracle with other names": Refused(
-        "... shows ['output logits']; they show ['input gradient', 'output'].",
-        *twice(),
-        options={"oracle": misnaming, **EVALUATION},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_compared_is_refused(name):
-    message, flax, module, inputs, options = REFUSED[name]
-    pattern = re.escape(message).replace(re.escape("..."), ".*")
-    with pytest.raises(ValueError, match=f"^{pattern}$"):
-        compare(flax, module, inputs, **options)

@@ -14,15 +14,21 @@ from bcn_flax.interop import match
 from bcn_flax.parity import compare
 from bcn_flax.parity.first_difference import first_differences
 from bcn_flax.parity.pair import Calls, module_pair
+from parity_tests.small_models import (
+    EVALUATION,
+    IMAGES,
+    VECTORS,
+    Torch,
+    in_flax,
+)
 
 pytestmark = pytest.mark.torch
 
-RNG = np.random.default_rng(0)
-VECTORS = RNG.normal(size=(6, 5)).astype(np.float32)
-IMAGES = RNG.normal(size=(2, 6, 6, 3)).astype(np.float32)
 
-EVALUATION = {"eager": False, "steps": 0}
-ONE_STEP = {"eager": False, "steps": 1}
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same initial weights in every run."""
+    torch.manual_seed(0)
 
 
 # One network, in which a defect is injected at each place
@@ -246,29 +252,6 @@ def test_an_injected_defect_is_located(model, monkeypatch):
 # Modules of other forms
 
 
-class Flax(nn.Module):
-    """A function of itself and its inputs."""
-
-    function: Any
-
-    @nn.compact
-    def __call__(self, *inputs):
-        return self.function(*inputs)
-
-
-class Torch(torch.nn.Module):
-    """The same, with modules by name."""
-
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *inputs):
-        return self.function(self, *inputs)
-
-
 class ConvBlock(nn.Module):
     """Includes the activation, and its padding."""
 
@@ -325,16 +308,16 @@ def torch_towers(left=torch.tanh, right=torch.tanh):
     )
 
 
-def flax_mlp(constant=0.1):
+def scaled_flax_mlp(constant=0.1):
     def forward(x):
         x = nn.Dense(7, name="hidden")(x * jnp.asarray(np.float32(constant)))
         x = nn.Dense(6, name="middle")(jnp.tanh(x))
         return nn.Dense(3, name="out")(jnp.tanh(x))
 
-    return Flax(forward)
+    return in_flax(forward)
 
 
-def torch_mlp(first=lambda x: 0.1 * x, second=torch.tanh, third=torch.tanh):
+def scaled_torch_mlp(first=lambda x: 0.1 * x, second=torch.tanh, third=torch.tanh):
     return Torch(
         lambda self, x: self.out(third(self.middle(second(self.hidden(first(x)))))),
         hidden=torch.nn.Linear(5, 7),
@@ -385,41 +368,45 @@ class Case(NamedTuple):
 
 CASES = {
     "blocks with and without activation and padding": Case(
-        Flax(flax_conv_net),
+        in_flax(flax_conv_net),
         torch_conv_net(lambda x: x.amax((2, 3))),
         between("output of second/conv", "input of head"),
         IMAGES,
     ),
     "a block beside a correct one": Case(
-        Flax(flax_towers),
+        in_flax(flax_towers),
         torch_towers(left=other),
         between("output of left/dense", "output of left"),
     ),
     "the other block": Case(
-        Flax(flax_towers),
+        in_flax(flax_towers),
         torch_towers(right=other),
         between("output of right/dense", "output of right"),
     ),
     "after a constant in float32": Case(
-        flax_mlp(), torch_mlp(third=other), between("output of middle", "input of out")
+        scaled_flax_mlp(),
+        scaled_torch_mlp(third=other),
+        between("output of middle", "input of out"),
     ),
     "after arithmetic in float32": Case(
-        flax_mlp(0.125),
-        torch_mlp(lambda x: (0.125 * (x.float() + 0.1)).to(x.dtype) - 0.0125, third=other),
+        scaled_flax_mlp(0.125),
+        scaled_torch_mlp(lambda x: (0.125 * (x.float() + 0.1)).to(x.dtype) - 0.0125, third=other),
         between("output of middle", "input of out"),
     ),
     "a constant in float32": Case(
-        flax_mlp(), torch_mlp(), between("input of the module itself", "input of hidden")
+        scaled_flax_mlp(),
+        scaled_torch_mlp(),
+        between("input of the module itself", "input of hidden"),
     ),
     "a module without weights": Case(
-        Flax(flax_pooled),
+        in_flax(flax_pooled),
         torch_pooled({}, FlatLinear(36, 2)),
         of_module("pool (reduce in PyTorch)"),
         IMAGES,
         {**EVALUATION, "flattened": {"head": 4}},
     ),
     "modules without weights that cannot be paired": Case(
-        Flax(flax_pooled),
+        in_flax(flax_pooled),
         torch_pooled({"flatten": torch.nn.Flatten()}, torch.nn.Linear(36, 2)),
         between("output of conv", "input of head", "reduce, flatten"),
         IMAGES,

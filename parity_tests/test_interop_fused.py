@@ -318,6 +318,11 @@ def test_the_harness_finds_that_two_biases_learn_twice_as_fast():
     assert "The first phase with a difference is: training step 1" in str(comparison)
 
 
+def test_the_harness_adds_two_biases_in_the_precision_in_which_it_compares():
+    options = {"names": CELL, "axes": {2: SAME, 3: SAME}, "steps": 0, "eager": False}
+    assert_parity(LastState(), randomize(TwoBiases()), X, **options)
+
+
 class SelfAttention(torch.nn.MultiheadAttention):
     """Of a single input."""
 
