@@ -30,11 +30,15 @@ epoch, `curves.png` and `checkpoints`. On the same machine, the same seed gives 
 for bit, even if the run is killed and resumed.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports, which take long
+
 import contextlib
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -52,9 +56,19 @@ from jaxtyping import Array, Float, Int, Key
 
 from bcn_flax import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import VGG, ResNet
-from training import TrainingError, data, devices, results
+from training import TrainingError, data, devices, progress, results
 from training.checkpoints import Checkpoints
-from training.config import FREE, Config, Recipe, default_folder, resolve, with_settings_of
+from training.compilation import compile_program
+from training.config import (
+    Config,
+    Recipe,
+    as_json,
+    default_folder,
+    describe,
+    resolve,
+    settings_of,
+    with_settings_of,
+)
 from training.data import Dataset, Split
 from training.devices import Placement
 from training.progress import ProgressBar, Signals, Stopped
@@ -273,37 +287,46 @@ class Trainer:
         """Compile ahead of time, so that the speed of an epoch does not include it."""
         shardings, donated = self._placement.replicated, (0,) if donate else ()
         jitted = jax.jit(function, out_shardings=shardings, donate_argnums=donated)
-        return jitted.lower(*args).compile()
+        return compile_program(
+            jitted.lower(*args), function.__name__, self.config.compilation_cache
+        )
+
+    def _first_state(self) -> State:
+        return first_state(self._model, self._optimizer, self._shape, self.config.seed)
 
     @cached_property
     def first_state(self) -> State:
         """See `first_state`."""
-        make = partial(first_state, self._model, self._optimizer, self._shape, self.config.seed)
-        state: State = self._compile(make)()
+        state: State = self._compile(self._first_state)()
         return state
+
+    @cached_property
+    def like(self) -> State:
+        """The types of a state, which take no compilation."""
+        return self._placement.abstract(self._first_state)
 
     @cached_property
     def step(self) -> Callable[[State, Split], State]:
         """See `make_step`."""
         split = self._placement.split
         step = make_step(self._model, self._optimizer, self.config, self.recipe, split)
-        return self._compile(step, self.first_state, self._train, donate=True)
+        return self._compile(step, self.like, self._train, donate=True)
 
     @cached_property
     def begin_epoch(self) -> Callable[[State], State]:
         """See `begin_epoch`."""
-        return self._compile(begin_epoch, self.first_state, donate=True)
+        return self._compile(begin_epoch, self.like, donate=True)
 
     @cached_property
     def evaluate(self) -> Callable[[State, Split, Any], Totals]:
         """See `make_evaluation`."""
         evaluate = make_evaluation(self._model, self._size, self._placement.split)
-        return self._compile(evaluate, self.first_state, self._test, np.int32(0))
+        return self._compile(evaluate, self.like, self._test, np.int32(0))
 
     @cached_property
     def is_finite(self) -> Callable[[State], Array]:
         """See `is_finite`."""
-        return self._compile(is_finite, self.first_state)
+        return self._compile(is_finite, self.like)
 
     def fit(
         self,
@@ -311,7 +334,7 @@ class Trainer:
         checkpoints: Checkpoints,
         results: Results,
         signals: Signals,
-        progress: ProgressBar,
+        bar: ProgressBar,
     ) -> None:
         """Train from a state to the last epoch. The metrics of each epoch are added to the results.
 
@@ -324,17 +347,17 @@ class Trainer:
             for done in range(first + 1, epoch * self.steps + 1):
                 # Dispatch is asynchronous: the host queues the next step while this one runs.
                 state = self.step(state, self._train)
-                if progress.is_due():
-                    progress.show(done, *state.totals.means())
+                if bar.is_due():
+                    bar.show(done, *state.totals.means())
                     if jax.process_count() == 1:  # several would check different steps
-                        self._require_finite(state)
+                        self._require_finite(state, checkpoints)
                 if signals.noted or done % self.config.checkpoint_every == 0:
                     self._save(checkpoints, state, results)
                 if signals.noted:
                     raise Stopped(signals.noted, epoch, results.folder)
             train_loss, train_accuracy = state.totals.means()
             seconds = time.perf_counter() - started
-            self._require_finite(state)
+            self._require_finite(state, checkpoints)
             test_loss, test_accuracy = self.test(state)
             images = (epoch * self.steps - first) * self.recipe.micro_batch
             row = {
@@ -346,7 +369,7 @@ class Trainer:
                 "seconds": seconds,
                 "images_per_second": images / seconds,
             }
-            results.add(row)
+            results.add(row, checkpoints.kept)
             state = self.begin_epoch(state)
             self._save(checkpoints, state, results, score=test_accuracy)
 
@@ -356,7 +379,7 @@ class Trainer:
         parts = [self.evaluate(state, self._test, np.int32(start)) for start in starts]
         return jax.tree.map(lambda *values: sum(values), *jax.device_get(parts)).means()
 
-    def _require_finite(self, state: State) -> None:
+    def _require_finite(self, state: State, checkpoints: Checkpoints) -> None:
         if self.is_finite(state):
             return
         loss, rate = float(state.totals.loss), self.recipe.learning_rate
@@ -364,14 +387,14 @@ class Trainer:
         alternative = ", or use a norm" if self.config.norm == "none" else ""
         raise TrainingError(
             f"Loss and weights must stay finite, but by step {int(state.step)} {found}, so "
-            f"training stopped. Lower the learning rate, which is {rate:g}{alternative}. The last "
-            "good checkpoint is kept."
+            f"training stopped. Lower the learning rate, which is {rate:g}{alternative}."
+            f"{checkpoints.kept()}"
         )
 
     def _save(
         self, checkpoints: Checkpoints, state: State, results: Results, score: float | None = None
     ) -> None:
-        self._require_finite(state)
+        self._require_finite(state, checkpoints)
         checkpoints.save(int(state.step), state, {"history": results.history}, score)
 
 
@@ -381,32 +404,35 @@ def train(config: Config) -> dict[str, float]:
     dataset = data.load(config.dataset, config.data_dir)
     shape, held_out = dataset.train.images.shape, len(dataset.test.labels)
     trainer = Trainer(config, recipe, dataset, Placement(config.devices, recipe.micro_batch))
-    settings = results.as_json(
-        {**vars(config), **vars(recipe), "classes": dataset.classes, "images": shape}
-    )
+    settings = settings_of(config, recipe) | as_json({"classes": dataset.classes, "images": shape})
     default = default_folder(config, recipe)
-    folder = results.make_folder(config.output, default, settings, FREE, resume=config.resume)
+    folder = results.make_folder(config.output, default, settings, resume=config.resume)
     devices.wait_for_all()
 
-    with Checkpoints(folder / "checkpoints") as checkpoints, Signals() as signals:
-        started = time.perf_counter()
-        found = checkpoints.latest(trainer.first_state)
-        state = trainer.first_state if found is None else found.state
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        found = checkpoints.latest(trainer.like)
         history = [] if found is None else found.metadata["history"]
         # Before compilation, so that a folder that cannot be written to is reported at once.
         with Results(folder, settings, history, tensorboard=config.tensorboard) as written:
-            print(*(f"{name:>16}  {value}" for name, value in settings.items()), sep="\n")
+            print(*describe(config, recipe), sep="\n")
             print(f"{shape[0]:,} training and {held_out:,} held-out images")
+            if len(history) == recipe.epochs:
+                print(f"nothing is left to do: all {recipe.epochs} epochs of {folder} are done")
+                return written.history[-1]
             if found is not None:
                 print(f"resuming after step {found.step:,}")
-            programs = trainer.step, trainer.begin_epoch, trainer.evaluate, trainer.is_finite
+            started = time.perf_counter()
+            with progress.status("compiling the training step and the evaluation"):
+                state = trainer.first_state if found is None else found.state
+                programs = trainer.step, trainer.begin_epoch, trainer.evaluate, trainer.is_finite
             seconds = time.perf_counter() - started
             print(f"compiled {len(programs)} programs in {seconds:.1f} s")
             print(results.HEADER, flush=True)
             steps, done = trainer.steps, int(state.step)
-            with ProgressBar(steps, recipe.epochs, recipe.micro_batch, done=done) as progress:
-                trainer.fit(state, checkpoints, written, signals, progress)
-    parameters = sum(p.size for p in jax.tree.leaves(trainer.first_state.params))
+            bar = ProgressBar(steps, recipe.epochs, recipe.micro_batch, done=done)
+            with Signals() as signals, bar:
+                trainer.fit(state, checkpoints, written, signals, bar)
+    parameters = sum(p.size for p in jax.tree.leaves(trainer.like.params))
     speed = statistics.harmonic_mean([row["images_per_second"] for row in written.history])
     print(
         f"{parameters:,} parameters, {speed:,.0f} images/s, {devices.peak_memory()}; "
@@ -417,14 +443,14 @@ def train(config: Config) -> dict[str, float]:
 
 def evaluate(config: Config) -> dict[str, float]:
     """Evaluate the last and the best checkpoint of a run; return the metrics of the best one."""
-    folder, settings = results.find_run(config.output, default_folder(config, resolve(config)))
-    config = with_settings_of(config, settings)
+    folder = results.require_run(config.output, default_folder(config, resolve(config)))
+    config, _ = with_settings_of(config, folder / "config.json")
     recipe, dataset = resolve(config), data.load(config.dataset, config.data_dir)
     trainer = Trainer(config, recipe, dataset, Placement(1, recipe.micro_batch))
     metrics: dict[str, float] = {}
     with Checkpoints(folder / "checkpoints") as checkpoints:
         for name, find in ("last", checkpoints.latest), ("best", checkpoints.best):
-            if found := find(trainer.first_state):
+            if found := find(trainer.like):
                 loss, accuracy = trainer.test(found.state)
                 metrics = {"step": found.step, "test_loss": loss, "test_accuracy": accuracy}
                 print(f"{name} (step {found.step:,}): loss {loss:.4g}, accuracy {accuracy:.2%}")
@@ -435,21 +461,31 @@ def evaluate(config: Config) -> dict[str, float]:
 
 def predict(config: Config, picture: Path) -> dict[str, float]:
     """Classify a picture with the best checkpoint of a run; return a probability per class."""
-    folder, settings = results.find_run(config.output, default_folder(config, resolve(config)))
-    config = with_settings_of(config, settings)
+    folder = results.require_run(config.output, default_folder(config, resolve(config)))
+    config, settings = with_settings_of(config, folder / "config.json")
     recipe, classes, shape = resolve(config), settings["classes"], tuple(settings["images"])
     image = data.read_picture(picture, shape[1:])
+    if config.dataset == "digits" and data.is_dark_on_light(image):
+        print(f"{picture} is dark on light and the digits are light on dark: it is inverted")
+        image = 255 - image
     model = make_model(config, recipe, len(classes))
     optimizer = make_optimizer(config, recipe, 1)
-    like = jax.jit(partial(first_state, model, optimizer, shape, config.seed))()
+    placement = Placement(1, recipe.micro_batch)
+    like = placement.abstract(partial(first_state, model, optimizer, shape, config.seed))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         best = checkpoints.best(like) or checkpoints.latest(like)
     if best is None:
         raise TrainingError(f"There is no checkpoint in {folder} yet: train first.")
     variables = {"params": best.state.params, "batch_stats": best.state.batch_stats}
-    logits: Any = model.apply(variables, data.to_float(image[None]), train=False)
-    values = jax.nn.softmax(logits[0].astype(jnp.float32)).tolist()
-    probabilities = dict(zip(classes, values, strict=True))
+
+    @jax.jit
+    def classify(variables: Any, image: Array) -> Array:
+        logits: Any = model.apply(variables, data.to_float(image[None]), train=False)
+        return jax.nn.softmax(logits[0].astype(jnp.float32))
+
+    lowered = classify.lower(variables, image)
+    program = compile_program(lowered, "classify", config.compilation_cache)
+    probabilities = dict(zip(classes, program(variables, image).tolist(), strict=True))
     first, *others = sorted(classes, key=probabilities.__getitem__, reverse=True)[:3]
     less = ", ".join(f"{name} {probabilities[name]:.1%}" for name in others)
     print(f"{picture} shows {first}: {probabilities[first]:.1%} ({less})")
@@ -464,8 +500,7 @@ def main(config: Config) -> dict[str, float]:
             output folder holds another run or cannot be written to, or the loss is not finite.
         Stopped: a signal ended training; its state is saved.
     """
-    if config.distributed or config.coordinator is not None:
-        devices.connect(config.coordinator, config.num_processes, config.process_id)
+    devices.connect(config.distributed, config.coordinator, config.num_processes, config.process_id)
     with contextlib.ExitStack() as stack:
         if jax.process_index() > 0:  # only the first process prints
             silence = stack.enter_context(open(os.devnull, "w"))
@@ -477,16 +512,9 @@ def main(config: Config) -> dict[str, float]:
 
 def command_line() -> None:
     """Run the command line; errors that the user can put right are shown without a traceback."""
-    try:
+    with progress.plain_errors("train_cifar.py"):
         # The first line and the examples; there is no docstring under `python -OO`.
         main(tyro.cli(Config, description="\n\n".join((__doc__ or "").split("\n\n")[:2])))
-    except TrainingError as error:
-        sys.exit(f"train_cifar.py: {error}")
-    except Stopped as stopped:
-        print(f"train_cifar.py: {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.number)  # as shells count it
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

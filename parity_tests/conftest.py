@@ -27,10 +27,12 @@ settings.load_profile("default")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile quickly rather than well, for many programs run once.
+    """Compile quickly rather than well, for many programs run once, and keep none of them.
 
     What XLA does to a program stays the same. The slow tests compile as programs usually do.
     """
+    jax.config.update("jax_enable_compilation_cache", False)  # that of the user
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if re.search("not slow|(?<!not )mutants", config.option.markexpr):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}"
 

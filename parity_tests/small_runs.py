@@ -6,12 +6,6 @@ from functools import cache
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-
-CACHE = {
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
 
 
 @cache
@@ -40,24 +34,12 @@ def small_networks(epochs=2, images=200):
         yield
 
 
-@contextmanager
-def compilation_cache_in(folder):
-    """Compile each program once."""
-    options = {"jax_compilation_cache_dir": str(folder), **CACHE}
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
     """Compile each program once in a process."""
-    with compilation_cache_in(tmp_path_factory.getbasetemp() / "compiled"):
+    from training.compilation import cache_in
+
+    with cache_in(tmp_path_factory.getbasetemp() / "compiled"):
         yield
 
 

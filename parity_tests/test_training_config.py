@@ -10,6 +10,7 @@ import pytest
 import tyro
 
 import train_cifar
+from parity_tests import test_training_compilation as compilation
 from parity_tests import test_training_devices as devices
 from parity_tests import test_training_resume as resume
 from parity_tests import test_training_script as script
@@ -88,6 +89,7 @@ ELSEWHERE = {
     "coordinator": devices.test_each_process_is_told_where_it_belongs,
     "num_processes": devices.test_each_process_is_told_where_it_belongs,
     "process_id": devices.test_each_process_is_told_where_it_belongs,
+    "compilation_cache": compilation.test_without_the_cache_nothing_is_kept,
     "tensorboard": script.test_cifar10_from_end_to_end,
 }
 

@@ -98,8 +98,10 @@ def test_a_disk_that_fills_up_in_training():
     results = Results(new_folder(Path("here"), Path("unused")), {}, (), tensorboard=False)
     Path("here/metrics.jsonl").unlink()
     Path("here/metrics.jsonl").symlink_to("/dev/full")
-    assert message(results.add, metrics(1)) == (
-        "Cannot write to here: No space left on device. Choose another --output."
+    kept = " The last good checkpoint is kept: there."
+    assert message(results.add, metrics(1), lambda: kept) == (
+        f"Cannot write to here: No space left on device.{kept} Check the free space and the "
+        "permissions of the folder, then start again with --resume --output here"
     )
 
 

@@ -18,10 +18,11 @@ import PIL.Image
 import pytest
 
 import train_cifar
-from parity_tests.small_runs import compilation_cache_in, small_networks
+from parity_tests.small_runs import small_networks
 from train_cifar import Trainer
 from training import TrainingError, data
 from training.checkpoints import Checkpoints
+from training.compilation import cache_in
 from training.config import Config, resolve
 from training.devices import Placement
 from training.progress import NOTED, Signals, Stopped
@@ -125,7 +126,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, capsys):
     last = train_cifar.main(config(folder, resume=True))
     assert last["epoch"] == 3
     assert_same(outcome(folder), expected)
-    assert "resuming after step 36" in capsys.readouterr().out
+    assert f"nothing is left to do: all 3 epochs of {folder} are done" in capsys.readouterr().out
 
 
 def test_resuming_without_a_run_starts_one():
@@ -179,7 +180,7 @@ def test_a_picture_is_classified_as_in_training(whole, capsys):
 
 @pytest.mark.parametrize(("mode", "size"), [("RGB", (80, 80)), ("RGBA", (8, 20)), ("P", (8, 8))])
 def test_pictures_of_any_mode_and_size_are_read(mode, size):
-    PIL.Image.new(mode, size).save("picture.png")
+    PIL.Image.new(mode, size, "white" if mode != "P" else 1).save("picture.png")
     assert data.read_picture(Path("picture.png"), (8, 8, 1)).shape == (8, 8, 1)
     assert data.read_picture(Path("picture.png"), (32, 32, 3)).shape == (32, 32, 3)
 
@@ -207,7 +208,7 @@ def test_a_damaged_configuration_is_reported(whole):
 def train_killably(folder, output):
     """Train in this process, which reports to a pipe, and save often enough to be killed then."""
     os.dup2(output.fileno(), sys.stdout.fileno())
-    with compilation_cache_in(folder.parent / "compiled"), small_networks(images=ALL):
+    with cache_in(folder.parent / "compiled"), small_networks(images=ALL):
         train_cifar.main(config(folder, resume=True, checkpoint_every=7))
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +143,7 @@ def test_the_seed_decides_every_bit_of_the_state(small):
 
 NOT_FINITE = (
     "Loss and weights must stay finite, but by step 7 {}, so training stopped. Lower the learning "
-    "rate, which is 0.002{}. The last good checkpoint is kept."
+    "rate, which is 0.002{}. The last good checkpoint is kept: there."
 )
 
 
@@ -165,10 +166,13 @@ def test_what_is_not_finite_is_reported(norm, more, loss, weight, found):
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.recipe = config, configuration.resolve(config)
     trainer.is_finite = train_cifar.is_finite
+    checkpoints = SimpleNamespace(kept=lambda: " The last good checkpoint is kept: there.")
     if found is None:
-        trainer._require_finite(state)
+        trainer._require_finite(state, checkpoints)
     else:
-        assert message(trainer._require_finite, state) == NOT_FINITE.format(found, more)
+        assert message(trainer._require_finite, state, checkpoints) == NOT_FINITE.format(
+            found, more
+        )
 
 
 def test_a_run_that_is_not_finite_stops_and_is_not_saved(small):

@@ -11,7 +11,7 @@ from parity_tests.small_runs import all_digits
 from parity_tests.test_training_data import message
 from train_cifar import Trainer
 from training import data, results
-from training.config import FREE, RECIPES, Config, Recipe, with_settings_of
+from training.config import FREE, RECIPES, Config, Recipe, resolve, settings_of, with_settings_of
 
 # Another value of each option.
 REFUSED = {
@@ -48,6 +48,7 @@ ACCEPTED = {
     "num_processes": 2,
     "process_id": 1,
     "tensorboard": True,
+    "compilation_cache": False,
 }
 # Settings of a recipe that no option changes.
 OF_RECIPES = {"blocks": ((16,), (16,)), "shift": 2, "flip": True}
@@ -154,10 +155,13 @@ def test_a_setting_that_the_run_did_not_have_is_refused(folder):
     assert refused() == refusal("weight_decay was None and is 0.0")
 
 
-def test_the_settings_of_a_run_but_those_that_are_free():
-    run = results.as_json({**vars(Config()), **REFUSED, **ACCEPTED, "classes": "of the recipe"})
-    assert with_settings_of(START, run) == dataclasses.replace(START, **REFUSED)
-    assert with_settings_of(START, {"seed": 3}) == dataclasses.replace(START, seed=3)
+def test_the_settings_of_a_run_but_those_that_are_free(tmp_path):
+    config = Config(**REFUSED, **ACCEPTED)
+    settings = settings_of(config, resolve(config))
+    settings |= {"images": [9, 32, 32, 3], "classes": list("abcdefghij")}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(settings))
+    assert with_settings_of(START, path) == (dataclasses.replace(START, **REFUSED), settings)
 
 
 def test_the_last_of_several_runs_is_resumed(tmp_path, monkeypatch):
@@ -166,7 +170,7 @@ def test_the_last_of_several_runs_is_resumed(tmp_path, monkeypatch):
     for _ in range(3):
         made = results.new_folder(None, default)
         results.Results(made, settings, (), tensorboard=False)
-    assert results.make_folder(None, default, settings, FREE, resume=True) == made
+    assert results.make_folder(None, default, settings, resume=True) == made
     assert made == Path("runs/name-3")
-    assert results.find_run(None, default) == (made, settings)
-    assert results.make_folder(None, default, settings, FREE, resume=False) == Path("runs/name-4")
+    assert results.find_run(None, default) == made
+    assert results.make_folder(None, default, settings, resume=False) == Path("runs/name-4")

@@ -10,12 +10,14 @@ holds damaged checkpoints; `saving` and `deleted` hold those being written and d
 
 import hashlib
 import json
+import logging
 import math
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -74,8 +76,9 @@ class Checkpoints:
             TrainingError: another run uses the folder, or it cannot be written to.
         """
         self._folder = folder.absolute()
+        _require_plain_path(self._folder)
         self._records: dict[int, _Record] = {}
-        with _writing(self._folder, None):
+        with self._writing():
             self._lock = on_first(partial(_lock, self._folder))
         self._checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         try:
@@ -115,8 +118,7 @@ class Checkpoints:
         arrays = {path: _to_host(leaf) for path, leaf in _leaves(state).items()}
         record = _Record(step, score, json.loads(json.dumps(metadata)), _types(state))
         number, self._next = self._next, self._next + 1
-        last = self._describe(max(self._records)) if self._records else None
-        with _writing(self._folder, last):
+        with self._writing():
             self._write(number, arrays, record)
             self._records[number] = record
             self._delete_old()
@@ -127,7 +129,8 @@ class Checkpoints:
         A damaged one is moved to `damaged`, and reported in a line on stderr.
 
         Args:
-            like: a state with the same tree, dtypes and shapes; arrays are put on its devices.
+            like: a state, or its `jax.ShapeDtypeStruct`s with shardings, with the same tree,
+                dtypes and shapes; arrays are put on its devices.
 
         Raises:
             TrainingError: all are damaged, or the state is not like `like`.
@@ -140,12 +143,21 @@ class Checkpoints:
         None also if no undamaged checkpoint has a score.
 
         Args:
-            like: a state with the same tree, dtypes and shapes; arrays are put on its devices.
+            like: a state, or its `jax.ShapeDtypeStruct`s with shardings, with the same tree,
+                dtypes and shapes; arrays are put on its devices.
 
         Raises:
             TrainingError: all are damaged, or the state is not like `like`.
         """
         return self._first_undamaged(_best_first(self._records), like)
+
+    def kept(self) -> str:
+        """A sentence on the newest checkpoint and where it is, for errors; empty without one."""
+        for number in sorted(self._records, reverse=True):
+            with suppress(OSError, _DamagedError):
+                _require_undamaged(self._path(number))
+                return f" The last good checkpoint is kept: {self._describe(number)}."
+        return ""
 
     def _write(self, number: int, arrays: Mapping[str, np.ndarray], record: _Record) -> None:
         saving = self._folder / "saving"
@@ -192,13 +204,30 @@ class Checkpoints:
 
     def _move_to_damaged(self, number: int, damage: str, others: Sequence[int]) -> None:
         what, where = self._describe(number), self._folder / "damaged"
-        with _writing(self._folder, None):
+        with self._writing():
             on_first(partial(_move, self._path(number), where))
         self._records.pop(number, None)
         instead = f"using {self._describe(others[0])} instead" if others else "there is no other"
         if jax.process_index() == 0:
             report = f"damaged checkpoint {what}: {damage}; moved to {where}; {instead}"
             print(report, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        orbax = logging.getLogger("absl")  # reports with tracebacks what it raises too
+        level = orbax.level
+        try:
+            orbax.setLevel(logging.CRITICAL + 1)
+            yield
+        except TrainingError:
+            raise
+        except Exception as error:  # Orbax documents none, and raises many types
+            raise TrainingError(
+                f"Cannot write checkpoints to {self._folder}: {_brief(error)}.{self.kept()} Check "
+                "the free space and the permissions of the folder, then start again."
+            ) from error
+        finally:
+            orbax.setLevel(level)
 
     def _close(self) -> None:
         self._checkpointer.close()
@@ -219,6 +248,16 @@ def _best_first(records: Mapping[int, _Record]) -> list[int]:
 
 
 # Files
+
+
+def _require_plain_path(folder: Path) -> None:
+    """TensorStore would write to another folder, as it takes a backslash for a slash."""
+    path = str(folder)
+    if (os.sep == "/" and "\\" in path) or path != path.encode(errors="replace").decode():
+        raise TrainingError(
+            "The path of checkpoints must be Unicode without backslashes, but is "
+            f"{path!a}. Choose another folder."
+        )
 
 
 def _lock(folder: Path) -> BaseFileLock:
@@ -331,17 +370,23 @@ def _to_devices(arrays: Mapping[str, np.ndarray], like: Any) -> Any:
 
 
 def _to_device(array: np.ndarray, like: Any) -> Any:
-    if not isinstance(like, jax.Array):
+    if not isinstance(like, jax.Array | jax.ShapeDtypeStruct):
         return array
     placed: Array
-    if like.committed:
+    if isinstance(like, jax.ShapeDtypeStruct) or like.committed:
         # Unlike `device_put`, it also fills arrays on the devices of several processes.
         placed = jax.make_array_from_callback(array.shape, like.sharding, array.__getitem__)
     else:
         placed = jnp.array(array)
     if _is_key(like):
-        return jax.random.wrap_key_data(placed, impl=jax.random.key_impl(like))
+        return jax.random.wrap_key_data(placed, impl=_key_impl(like))
     return placed
+
+
+def _key_impl(like: Any) -> Any:
+    found: list[Any] = []  # `key_impl` takes abstract keys only while JAX traces
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), like)
+    return found[0]
 
 
 # Failures
@@ -360,20 +405,6 @@ def _attempt(read: Callable[[], T]) -> tuple[T | None, str]:
 def _brief(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
-
-
-@contextmanager
-def _writing(folder: Path, last: str | None) -> Iterator[None]:
-    try:
-        yield
-    except TrainingError:
-        raise
-    except Exception as error:  # Orbax documents none, and raises many types
-        kept = f" The last good checkpoint is kept: {last}." if last else ""
-        raise TrainingError(
-            f"Cannot write checkpoints to {folder}: {_brief(error)}.{kept} Check the free space "
-            "and the permissions of the folder, then start again."
-        ) from error
 
 
 def _require_same_types(

@@ -1,15 +1,16 @@
 """The settings of a run: the command line, and the recipes that complete it."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, TypeGuard, get_args, get_origin, get_type_hints
 
 from bcn_flax.models.architecture import WIDTHS
 from training import TrainingError
-from training.data import DatasetName
+from training.data import FORMATS, DatasetName
 
 Network = Literal["vgg", "resnet"]
 Norm = Literal["bcn", "bn", "gn", "none"]
@@ -99,6 +100,8 @@ class Config:
     process_id: int | None = None
     #: Also write files for TensorBoard; needs the extra of that name.
     tensorboard: bool = False
+    #: Keep compiled programs in the user's cache folder: the next run starts in seconds.
+    compilation_cache: bool = True
 
 
 #: The settings that may change when a run is resumed, and why each may.
@@ -115,7 +118,11 @@ FREE: Mapping[str, str] = {
     "num_processes": "the results are the same but for rounding",
     "process_id": "each process has its own",
     "tensorboard": "it only adds files",
+    "compilation_cache": "the programs are the same",
 }
+
+# Settings that are worth a look even if they are the defaults.
+_MAIN = ("dataset", "network", "norm", "ws", "batch_size", "epochs", "optimizer", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -300,7 +307,92 @@ def default_folder(config: Config, recipe: Recipe) -> Path:
     return Path("runs") / f"{config.dataset}{network}-{layers}-{batch}-seed{config.seed}"
 
 
-def with_settings_of(config: Config, run: Mapping[str, Any]) -> Config:
-    """The configuration with the settings of an earlier run, but those in `FREE`."""
-    settings = {name: run[name] for name in vars(config).keys() & run.keys() - FREE.keys()}
-    return dataclasses.replace(config, **settings)
+def settings_of(config: Config, recipe: Recipe) -> dict[str, Any]:
+    """All settings of a run, as they come back from its file."""
+    return as_json({**vars(config), **vars(recipe)})
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they come back from their file."""
+    return dict(json.loads(json.dumps(dict(settings), default=str)))
+
+
+def describe(config: Config, recipe: Recipe) -> list[str]:
+    """A line for each setting that is not the default of the data set, and one for the others."""
+    settings = settings_of(config, recipe)
+    default = resolve(Config(dataset=config.dataset))
+    usual = settings_of(Config(), default)
+    changed = [name for name in settings if settings[name] != usual[name]]
+    main = [f"{name}={settings[name]}" for name in _MAIN if name not in changed]
+    hidden = len(settings) - len(changed) - len(main)
+    lines = [f"{name:>18}  {settings[name]} (default {usual[name]})" for name in changed]
+    return [*lines, f"by default: {', '.join(main)} and {hidden} more, all in config.json"]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a run, from its file.
+
+    Raises:
+        TrainingError: the file is absent or cannot be read.
+    """
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        _refuse_config(path, str(error))
+    if not isinstance(settings, dict):
+        _refuse_config(path, f"it must be an object, but is {settings!r:.40}")
+    return settings
+
+
+def with_settings_of(config: Config, path: Path) -> tuple[Config, dict[str, Any]]:
+    """The configuration with the settings of an earlier run, but those in `FREE`, and all of them.
+
+    Raises:
+        TrainingError: the file cannot be read, or a setting is not as a run writes it.
+    """
+    run = read_config(path)
+    types = {name: kind for name, kind in get_type_hints(Config).items() if name not in FREE}
+    for name, kind in types.items():
+        if name not in run or not _has_type(run[name], kind):
+            _refuse_config(path, f"{name} is {run.get(name, 'absent')!r:.40}")
+    config = dataclasses.replace(config, **{name: run[name] for name in types})
+    try:
+        settings = settings_of(config, resolve(config))
+    except TrainingError as error:
+        _refuse_config(path, str(error).rstrip("."))
+    shape, classes = FORMATS[config.dataset]
+    names, images = run.get("classes"), run.get("images")
+    for name, holds, rule in (
+        *((name, run.get(name) == settings[name], settings[name]) for name in settings),
+        ("classes", _is_list(names, str, classes), f"{classes} names"),
+        ("images", _is_list(images, int, 4) and images[1:] == [*shape], f"a number and {shape}"),
+    ):
+        if name not in FREE and not holds:
+            _refuse_config(path, f"{name} must be {rule}, but is {run.get(name, 'absent')!r:.40}")
+    return config, run
+
+
+def _has_type(value: object, kind: Any) -> bool:
+    """Whether a value from a JSON file has the type of a setting."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if options := get_args(kind):
+        return any(_has_type(value, option) for option in options)
+    return isinstance(value, (int, float) if kind is float else kind) and (
+        isinstance(value, bool) == (kind is bool)
+    )
+
+
+def _is_list(values: object, kind: type, length: int) -> TypeGuard[list[Any]]:
+    return (
+        isinstance(values, list)
+        and len(values) == length
+        and all(_has_type(value, kind) for value in values)
+    )
+
+
+def _refuse_config(path: Path, reason: str) -> NoReturn:
+    raise TrainingError(
+        f"Cannot read {path}, which holds the settings of the run: {reason}. Restore it, or start "
+        "a new run with another --output."
+    )

@@ -4,6 +4,7 @@ Images are bytes, `(n, height, width, channels)`, 0 for black and 255 for white:
 memory of floats. `to_float` turns a batch of them into the input of the network.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,7 +16,7 @@ import sklearn.datasets
 import sklearn.model_selection
 from jax import lax
 from jaxtyping import Array, Float, Int, Key, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from training import TrainingError, cifar
 
@@ -24,6 +25,12 @@ Labels = Int[Array | np.ndarray, " n"]
 
 DatasetName = Literal["digits", "cifar10", "cifar100"]
 CIFAR = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
+# The shape of an image, and the number of classes.
+FORMATS: dict[DatasetName, tuple[tuple[int, int, int], int]] = {
+    "digits": ((8, 8, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+}
 
 
 class Split(NamedTuple):
@@ -82,20 +89,66 @@ def digits() -> Dataset:
 def read_picture(path: Path, shape: Sequence[int]) -> UInt8[np.ndarray, "h w c"]:
     """Read a picture in any format that Pillow knows, scaled to `(height, width, channels)`.
 
+    It is turned as its EXIF data says. Transparent pixels become black if the visible ones are
+    light, and white if they are dark. Values of 16 and 32 bits and floats are scaled to bytes.
+
     Raises:
-        TrainingError: the file is absent, unreadable, or not a picture.
+        TrainingError: the file is absent, unreadable, too large or not a picture, or the scale of
+            its values is unknown.
     """
     height, width, channels = shape
     try:
-        with Image.open(path) as image:
-            converted = image.convert({1: "L", 3: "RGB"}[channels])
+        with warnings.catch_warnings(action="ignore"):
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                opaque = _compose(_scale_to_bytes(ImageOps.exif_transpose(image), image.format))
+            converted = opaque.convert({1: "L", 3: "RGB"}[channels])
             scaled = converted.resize((width, height), Image.Resampling.LANCZOS)
-    except OSError as error:
+    except Exception as error:  # Pillow documents none, and raises many types
+        lines = str(getattr(error, "strerror", None) or error).splitlines()
         raise TrainingError(
-            f"Cannot read {path} as a picture: {error.strerror or error}. Pass a file that Pillow "
-            "can read, such as a PNG."
+            f"Cannot read {path} as a picture: {lines[0].rstrip('.') if lines else repr(error)}. "
+            "Pass a file that Pillow can read, such as a PNG."
         ) from error
     return np.asarray(scaled, np.uint8).reshape(height, width, channels)
+
+
+def _scale_to_bytes(image: Image.Image, file_format: str | None) -> Image.Image:
+    """Scale integers of more than 8 bits and floats; Pillow would clip them at 255."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image, np.float64)
+    if not (np.isfinite(values).all() and values.min() >= 0):
+        raise ValueError("its values must be finite and not negative")
+    largest = values.max()
+    if image.mode.startswith("I;16") or file_format in ("PNG", "PPM"):
+        white = 2**16 - 1
+    elif image.mode == "F" and 1 < largest < 2:
+        raise ValueError(f"its values must be from 0 to 1, 255 or 65535, but end at {largest:g}")
+    else:  # nothing in the file says what white is
+        scales = (1, 2**8 - 1, 2**16 - 1, 2**32 - 1)
+        white = next((x for x in scales[image.mode == "I" :] if largest <= x), largest)
+    return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8))
+
+
+def _compose(image: Image.Image) -> Image.Image:
+    """Put a transparent picture on a background that its visible pixels contrast with."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    opacity = np.asarray(image.getchannel("A"), np.float64)
+    if not opacity.any():
+        raise ValueError("it is transparent everywhere")
+    visible = np.average(np.asarray(image.convert("RGB").convert("L")), weights=opacity)
+    background = Image.new("RGBA", image.size, "black" if visible > 127 else "white")
+    return Image.alpha_composite(background, image)
+
+
+def is_dark_on_light(image: UInt8[np.ndarray, "h w c"]) -> bool:
+    """Whether the border of a picture is light."""
+    border = np.ones(image.shape, bool)
+    border[1:-1, 1:-1] = False
+    return bool(image[border].mean() > 127)
 
 
 def pad(split: Split, multiple: int) -> Split:

@@ -4,8 +4,10 @@ Batch norms see whole batches: JAX sums their statistics over the devices that s
 """
 
 import resource
+import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -51,19 +53,74 @@ class Placement:
         """Put a copy on each device."""
         return jax.device_put(tree, self.replicated)
 
+    def abstract(self, make: Callable[[], T]) -> T:
+        """Shapes, dtypes and the sharding of what a function makes, without making it."""
+        place = partial(jax.ShapeDtypeStruct, sharding=self.replicated)
+        return jax.tree.map(lambda x: place(x.shape, x.dtype), jax.eval_shape(make))
+
     def split(self, batch: Shaped[Array, "n ..."]) -> Shaped[Array, "n ..."]:
         """Under `jit`, put an equal part of a batch on each device."""
         return lax.with_sharding_constraint(batch, self._split)
 
 
-def connect(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Join the other processes of a run.
+def connect(
+    distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Join the other processes of a run, if there are any, and find the devices.
 
     JAX finds out what is None under Slurm, Open MPI and Kubernetes and on TPU pods.
 
     Raises:
-        TrainingError: the other processes cannot be found or reached.
+        TrainingError: the other processes or the devices cannot be found or reached, or the
+            arguments contradict each other.
     """
+    _require_processes(coordinator, num_processes, process_id)
+    if distributed or coordinator is not None:
+        _join(coordinator, num_processes, process_id)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        platforms = jax.config.values["jax_platforms"]
+        raise TrainingError(
+            f"JAX finds no devices: {' '.join(str(error).split())} Set JAX_PLATFORMS, which is "
+            f"{platforms}, to cpu, cuda or tpu, or unset it."
+        ) from error
+
+
+def _require_processes(
+    coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    if coordinator is None:
+        given = {"num_processes": num_processes, "process_id": process_id}.items()
+        if values := ", ".join(f"{name}={value}" for name, value in given if value is not None):
+            raise TrainingError(
+                "num_processes and process_id need a coordinator, but there is none and "
+                f"{values}. Pass --coordinator HOST:PORT to each process, or omit them to train in "
+                "one process."
+            )
+        return
+    if num_processes is not None and not 0 <= (process_id or 0) < num_processes:
+        raise TrainingError(
+            f"process_id must be from 0 to num_processes - 1, but process_id={process_id} and "
+            f"num_processes={num_processes}."
+        )
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise TrainingError(
+            f"The coordinator must be HOST:PORT, but coordinator={coordinator!r}. Pass the address "
+            "of process 0, for example 10.0.0.1:1234."
+        )
+    try:
+        socket.getaddrinfo(host.strip("[]"), port)
+    except (OSError, UnicodeError) as error:
+        raise TrainingError(
+            f"The coordinator's host must be known, but {host} is not: "
+            f"{getattr(error, 'strerror', None) or error}. Pass the address of process 0, for "
+            "example 10.0.0.1:1234."
+        ) from error
+
+
+def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as error:

@@ -1,14 +1,91 @@
 """Progress on a terminal or in a log, and the signals that stop a run."""
 
+import errno
+import io
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 import jax
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from training import TrainingError
+
+
+@contextmanager
+def plain_errors(program: str) -> Iterator[None]:
+    """End with a line and no traceback after a signal and an error that the user can put right."""
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        with _standard_output(program):
+            yield
+    except TrainingError as error:
+        sys.exit(f"{program}: {error}")
+    except Stopped as stopped:
+        print(f"{program}: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)  # as shells count it
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+@contextmanager
+def _standard_output(program: str) -> Iterator[None]:
+    if sys.stdout is None:  # closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    buffer, encoding, lines = sys.stdout.buffer, sys.stdout.encoding, sys.stdout.isatty()
+    output = _Output(buffer, encoding, "backslashreplace", line_buffering=lines)
+    output.program = program
+    try:
+        with redirect_stdout(output):
+            yield
+    finally:
+        output.flush()
+        output.detach()
+
+
+class _Output(io.TextIOWrapper):
+    """Prints whatever a name holds, and ends the program if nobody reads it or a disk is full."""
+
+    program: str
+
+    def write(self, text: str) -> int:
+        with self._ending():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._ending():
+            super().flush()
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # What could not be written is tried again at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if error.errno == errno.EPIPE:
+                sys.exit(128 + signal.SIGPIPE)
+            sys.exit(f"{self.program}: Cannot print: {error.strerror}. Print to another file.")
+
+
+@contextmanager
+def status(text: str) -> Iterator[None]:
+    """Show a line within the context; without a terminal, it stays."""
+    console = Console(file=sys.stdout)
+    if console.is_interactive:
+        with console.status(text):
+            yield
+    else:
+        print(f"{text} ...", flush=True)
+        yield
 
 
 class ProgressBar:
@@ -49,7 +126,7 @@ class ProgressBar:
                 "{task.fields[speed]:,.0f} images/s"
             ),
             transient=True,
-            disable=not sys.stdout.isatty(),
+            disable=not Console().is_interactive,
         )
         fields: dict[str, Any] = {"epoch": 1, "loss": 0.0, "accuracy": 0.0, "speed": 0.0}
         self._task = self._bar.add_task("", total=steps * epochs, completed=done, **fields)

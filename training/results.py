@@ -3,8 +3,9 @@
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from training import TrainingError
+from training.config import FREE, as_json, read_config
 
 _CONFIG = "config.json"
 _FILES = (_CONFIG, "metrics.jsonl", "curves.png", "checkpoints")
@@ -55,11 +57,7 @@ def new_folder(output: Path | None, default: Path) -> Path:
 
 
 def make_folder(
-    output: Path | None,
-    default: Path,
-    settings: Mapping[str, Any],
-    free: Collection[str],
-    resume: bool,
+    output: Path | None, default: Path, settings: Mapping[str, Any], resume: bool
 ) -> Path:
     """The folder of the run to resume; without `resume` or such a run, a new one.
 
@@ -67,19 +65,18 @@ def make_folder(
         output: see `new_folder`.
         default: see `new_folder`.
         settings: of the run, as `as_json` returns them.
-        free: names of the settings that may have changed.
         resume: whether to resume the run in `output`, by default the last in a default folder.
 
     Raises:
         TrainingError: other settings have changed, or see `new_folder` and `read_config`.
     """
-    folder = _last_folder(output, default) if resume else None
+    folder = find_run(output, default) if resume else None
     if folder is None:
         return new_folder(output, default)
-    old = read_config(folder)
+    old = read_config(folder / _CONFIG)
     changed = [
         f"{name} was {old.get(name)} and is {settings.get(name)}"
-        for name in sorted((old.keys() | settings.keys()) - set(free))
+        for name in sorted((old.keys() | settings.keys()) - FREE.keys())
         if old.get(name) != settings.get(name)
     ]
     if changed:
@@ -91,41 +88,34 @@ def make_folder(
     return folder
 
 
-def find_run(output: Path | None, default: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder of an earlier run, by default the last in a default folder, and its settings.
+def find_run(output: Path | None, default: Path) -> Path | None:
+    """The folder of an earlier run, if there is one, by default the last in a default folder.
 
     Raises:
-        TrainingError: there is no run, or its settings cannot be read.
+        TrainingError: `output` is a file or the current folder, or cannot be reached.
     """
-    folder = _last_folder(output, default)
+    with _writing(output or default):
+        if output is not None:
+            _require_folder(output)
+            return output if (output / _CONFIG).exists() else None
+        made = list(takewhile(Path.exists, _numbered(default)))
+        return made[-1] if made and (made[-1] / _CONFIG).exists() else None
+
+
+def require_run(output: Path | None, default: Path) -> Path:
+    """The folder of an earlier run; see `find_run`.
+
+    Raises:
+        TrainingError: there is no run, or see `find_run`.
+    """
+    folder = find_run(output, default)
     if folder is None:
         where = "in runs with these settings" if output is None else f"in {output}"
         raise TrainingError(
             f"There must be a run with a checkpoint, but there is none {where}. Pass its folder as "
             "--output, or train first."
         )
-    return folder, read_config(folder)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The settings of the run in a folder.
-
-    Raises:
-        TrainingError: the file is absent or cannot be read.
-    """
-    path = folder / _CONFIG
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise TrainingError(
-            f"Cannot read {path}, which holds the settings of the run: {error}. Restore it, or "
-            "start a new run with another --output."
-        ) from error
-
-
-def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as they come back from their file."""
-    return dict(json.loads(json.dumps(dict(settings), default=str)))
+    return folder
 
 
 class Results:
@@ -155,6 +145,7 @@ class Results:
             TrainingError: the folder cannot be written to, or tensorboardX is not installed.
         """
         self.folder = folder
+        self._kept: Callable[[], str] = str
         self.history: list[Row] = list(history)
         self._writes = jax.process_index() == 0
         self._drawn = time.monotonic()
@@ -172,23 +163,33 @@ class Results:
         """Start."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Draw the curves, even if training failed or was interrupted."""
-        self._open.close()
-        if self.history and self._writes:
-            self._draw()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Draw the curves, even if training failed or was interrupted.
 
-    def add(self, row: Row) -> None:
+        If it failed, that is what is reported, and not that they cannot be drawn either.
+        """
+        with suppress(TrainingError) if error else nullcontext():
+            with self._saving():
+                self._open.close()
+            if self.history and self._writes:
+                self._draw()
+
+    def add(self, row: Row, kept: Callable[[], str] = str) -> None:
         """Print and write the metrics of an epoch; from time to time, draw the curves.
+
+        Args:
+            row: the metrics.
+            kept: returns a sentence on which checkpoint is kept, for an error.
 
         Raises:
             TrainingError: the folder cannot be written to.
         """
         print(_ROW.format(**row), flush=True)
         self.history.append(row)
+        self._kept = kept
         if not self._writes:
             return
-        with _writing(self.folder), (self.folder / "metrics.jsonl").open("a") as file:
+        with self._saving(), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(_line(row))
         if self._board is not None:
             for name, value in row.items():
@@ -196,8 +197,19 @@ class Results:
         if time.monotonic() - self._drawn > _SECONDS_BETWEEN_DRAWINGS:
             self._draw()
 
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"Cannot write to {self.folder}: {error.strerror or error}.{self._kept()} Check "
+                "the free space and the permissions of the folder, then start again with --resume "
+                f"--output {self.folder}"
+            ) from error
+
     def _draw(self) -> None:
-        with _writing(self.folder):
+        with self._saving():
             _save_curves(self.folder / "curves.png", self.history, self.folder.name)
         self._drawn = time.monotonic()
 
@@ -215,8 +227,10 @@ def _save_curves(path: Path, history: Sequence[Row], title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    # Any name of a folder will do, whether or not the font has its characters.
+    figure.suptitle(title.encode(errors="replace").decode(), parse_math=False)
+    with warnings.catch_warnings(action="ignore"):
+        figure.savefig(path, dpi=120)
 
 
 def _tensorboard(folder: Path, first_epoch: int) -> Any:
@@ -228,14 +242,6 @@ def _tensorboard(folder: Path, first_epoch: int) -> Any:
             '".[tensorboard]", or omit --tensorboard.'
         ) from error
     return SummaryWriter(str(folder), purge_step=first_epoch)
-
-
-def _last_folder(output: Path | None, default: Path) -> Path | None:
-    if output is not None:
-        _require_folder(output)
-        return output if (output / _CONFIG).exists() else None
-    made = list(takewhile(Path.exists, _numbered(default)))
-    return made[-1] if made and (made[-1] / _CONFIG).exists() else None
 
 
 def _numbered(default: Path) -> Iterator[Path]:
