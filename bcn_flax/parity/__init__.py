@@ -5,19 +5,22 @@
     def test_my_port():
         assert_parity(FlaxNet(), TorchNet(), images)
 
-`images` are in Flax's order of axes. `weights` chooses the weights: PyTorch's, converted by
+`images` are in Flax's order of axes; several inputs are a tuple, or a dictionary of keyword
+arguments. `weights` chooses the weights: PyTorch's, converted by
 `bcn_flax.interop`; Flax's; each side's own; or random ones, so that no two layers are equal. All
 that can be observed is compared: outputs, statistics, gradients of inputs and parameters, and the
 parameters after each step of an optimizer; in evaluation, in training, and in evaluation again;
-eager and jitted. `compare` does the same and returns the `Comparison`, which prints as a report.
+eager and jitted. Layers of dropout have the same masks on both sides. `compare` does the same and
+returns the `Comparison`, which prints as a report, and as data with `to_json`.
 
 How to read the report: the first difference comes first and explains the later ones. The table has
 the largest error of each quantity: absolute, relative, in units in the last place, and as a share
 of the allowed error. That follows from the dtype, the number of terms, and how the model amplifies
 rounding errors (`bcn_flax.parity.errors`). Both modules also run in float64. If they agree there,
 the report says which of them is less accurate in float32. If not, they compute different things,
-and the report says what it found: the first module whose output differs, another epsilon, another
-momentum, a biased variance in one and an unbiased one in the other.
+and the report says what it found: the module whose input agrees and whose output does not, or the
+two modules between which the difference arises; another epsilon, another momentum, a biased
+variance in one and an unbiased one in the other.
 
 Some arguments are for what the harness cannot find out: `axes`, the order of the axes of an array
 with three of them; `names`, which module is which; `call`, the keywords that switch your module to
