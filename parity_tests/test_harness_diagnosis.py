@@ -383,6 +383,30 @@ CASES = {
         torch_towers(right=other),
         between("output of right/dense", "output of right"),
     ),
+    "beside a module that is called in between": Case(
+        in_flax(
+            lambda x: (
+                nn.Dense(2, name="last")(jnp.tanh(nn.Dense(3, name="first")(x)))
+                + nn.Dense(2, name="aside")(x)
+            )
+        ),
+        Torch(
+            lambda self, x: [
+                first := self.first(x),
+                aside := self.aside(x),
+                self.last(other(first)) + aside,
+            ][-1],
+            first=torch.nn.Linear(5, 3),
+            aside=torch.nn.Linear(5, 2),
+            last=torch.nn.Linear(3, 2),
+        ),
+        between("output of first", "input of last"),
+    ),
+    "values in another order": Case(
+        in_flax(lambda x: nn.Dense(5, name="out")(x[:, ::-1])),
+        Torch(lambda self, x: self.out(x), out=torch.nn.Linear(5, 5)),
+        between("input of the module itself", "output of out"),
+    ),
     "after a constant in float32": Case(
         scaled_flax_mlp(),
         scaled_torch_mlp(third=other),

@@ -1,5 +1,6 @@
 """Differences are found, and explained as far as the harness can."""
 
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from bcn_flax.parity import Optimizer, assert_parity, compare, sgd
+from bcn_flax.parity.diagnosis import different_settings, statistics_drift
+from bcn_flax.parity.pair import module_pair
 from parity_tests.small_models import (
     EVALUATION,
     IMAGES,
@@ -212,6 +215,52 @@ def test_a_difference_is_found_and_explained(difference):
     assert len(comparison.hints) == len(hints), comparison.hints
     for actual, expected in zip(comparison.hints, hints, strict=True):
         assert actual.startswith(expected)
+
+
+class RoundedNorm(torch.nn.BatchNorm1d):
+    """A batch norm whose running averages are rounded to float32, in float64 too."""
+
+    def __init__(self, features, correction):
+        super().__init__(features)
+        self.correction = correction
+
+    def forward(self, x):
+        if self.training:
+            batch = {"running_mean": x.mean(0), "running_var": x.var(0, correction=self.correction)}
+            for name, value in batch.items():
+                new = 0.9 * getattr(self, name) + 0.1 * value.detach()
+                rounded = new.numpy().astype(np.float32)
+                setattr(self, name, torch.from_numpy(rounded).to(x.dtype))
+            return torch.nn.functional.batch_norm(x, None, None, self.weight, self.bias, True)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("correction", "limits"), [(1, [VARIANCE]), (0, [])])
+def test_a_biased_variance_is_recognized_in_float32_too(correction, limits):
+    module = torch_bn()
+    module.bn = RoundedNorm(4, correction)
+    comparison = compare(flax_bn(momentum=0.9), module, VECTORS, **ONE_STEP)
+    assert [hint for hint in comparison.hints if "converge" in hint] == limits
+
+
+def test_the_same_difference_in_many_modules_is_one_sentence():
+    def forward(_, x, train):
+        for i in range(5):
+            x = nn.BatchNorm(use_running_average=not train, epsilon=1e-5, name=f"bn{i}")(x)
+        return x
+
+    module = torch.nn.Sequential(OrderedDict((f"bn{i}", torch.nn.BatchNorm1d(5)) for i in range(5)))
+    pair = module_pair(FlaxWithModes(forward), module, [VECTORS]).in_float64()
+    probe = pair.probe([VECTORS])
+    assert [*different_settings(probe)] == [
+        "5 modules (bn0, bn1, bn2 and 2 more): momentum is 0.99 in Flax and 0.1 in PyTorch, where "
+        "it is the weight of the new value: 0.9 in Flax's words.",
+    ]
+    drift = [*statistics_drift(pair, probe, rates=True)]
+    assert [sentence[:63] for sentence in drift] == [
+        "10 statistics (bn0/mean, bn0/var, bn1/mean and 7 more) move 0.0",
+        "5 statistics (bn0/var, bn1/var, bn2/var and 2 more) converge to",
+    ]
 
 
 def test_settings_that_differ_without_a_difference_yet_are_named():

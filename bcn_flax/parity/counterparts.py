@@ -132,8 +132,8 @@ def pair_by_position(
     return {
         name: path
         for place, names in theirs.items()
-        if len(names) == len(ours.get(place, []))
-        for name, path in zip(names, ours[place], strict=True)
+        if len(names) == len(ours.get(place, ()))
+        for name, path in zip(names, ours.get(place, ()), strict=True)
     }
 
 

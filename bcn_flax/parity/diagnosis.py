@@ -40,7 +40,7 @@ def explanations(
     return [
         *first_differences(pair, probe),
         *settings,
-        *_statistics_drift(pair, probe, rates),
+        *statistics_drift(pair, probe, rates=rates),
         *_optimizers(rows),
         *_divergence(rows),
         *_formulas(rows),
@@ -100,7 +100,7 @@ class _Drift(NamedTuple):
     near: float
 
 
-def _statistics_drift(pair: ModulePair, probe: Probe, rates: bool) -> Iterator[str]:
+def statistics_drift(pair: ModulePair, probe: Probe, *, rates: bool) -> Iterator[str]:
     """How the running statistics of the two sides change differently; `rates`: how fast, too."""
     shown = observation({}, {}, {}, pair.flax.variables)
     start = {name: x for name, x in shown.items() if name.quantity == "statistic"}
