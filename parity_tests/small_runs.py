@@ -17,9 +17,9 @@ def all_digits():
 
 
 @contextmanager
-def small_networks(epochs=2, images=200):
-    """Let the recipes have one small convolution, and the digits so few images to train on."""
-    from training import data  # not for every test: it imports much
+def small_networks(epochs=2, images=200, draw=False):
+    """Let the recipes have one small convolution, the digits so few images, and no drawings."""
+    from training import data, results  # not for every test: it imports much
     from training.config import RECIPES
 
     train, test, classes = all_digits()
@@ -31,6 +31,8 @@ def small_networks(epochs=2, images=200):
             small = dataclasses.replace(recipe, blocks=((8,),), groups=4, epochs=epochs)
             patch.setitem(RECIPES, name, small)
         patch.setattr(data, "digits", lambda: few)
+        if not draw:
+            patch.setattr(results, "_save_curves", lambda path, *_: path.touch())
         yield
 
 

@@ -18,7 +18,7 @@ from jaxtyping import install_import_hook
 from bcn_flax.linen import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import VGG, ResNet
 from bcn_flax.models import nnx as nnx_models
-from bcn_flax.models.architecture import shortcut
+from bcn_flax.models.architecture import residual_blocks, shortcut
 from bcn_flax.surgery import linen as surgery
 from parity_tests.test_nnx import fill
 
@@ -114,6 +114,10 @@ def test_the_stages_halve_the_image_and_double_the_channels(size, sizes):
     seen = jax.eval_shape(outputs)
     blocks = [seen[f"blocks_{i}"]["__call__"][0].shape for i in range(3)]
     assert blocks == [(2, s, s, c) for s, c in zip(sizes, (16, 32, 64), strict=True)]
+
+
+def test_only_the_first_block_of_a_stage_halves_the_image():
+    assert residual_blocks(14) == [(16, 1), (16, 1), (32, 2), (32, 1), (64, 2), (64, 1)]
 
 
 def test_shortcuts_take_every_other_pixel_and_add_channels_of_zeros():

@@ -138,6 +138,11 @@ DEFAULT = "Omit it for the default."
             "Micro-batches must be a multiple of the devices, but they have 4 images and there are "
             "8 devices. Use fewer with --devices, or change --batch-size or --micro-batch.",
         ),
+        (
+            {"batch_size": 12},
+            "Micro-batches must be a multiple of the devices, but they have 12 images and there "
+            "are 8 devices. Use fewer with --devices, or change --batch-size or --micro-batch.",
+        ),
         ({"norm": "ln"}, "norm must be one of bcn, bn, gn, none, but norm='ln'."),
         ({"optimizer": "lion"}, "optimizer must be one of adam, sgd, but optimizer='lion'."),
         (
@@ -221,7 +226,7 @@ def test_help_says_the_defaults_of_each_data_set(capsys, monkeypatch):
             both = dataset.replace("cifar10", "cifar10 and cifar100")
             assert f"{value} for {both} at {'batch size ' * (size == 32)}{size}" in text
     sgd = [
-        configuration.resolve(Config(optimizer="sgd", batch_size=size)).learning_rate
-        for size in sizes
+        configuration.resolve(Config(dataset=name, optimizer="sgd")).learning_rate
+        for name in ("digits", "cifar10")
     ]
     assert f"with SGD, {sgd[0]} at batch size {sizes[0]}, {sgd[1]} at {sizes[1]}" in text

@@ -119,11 +119,15 @@ def test_a_compilation_that_fails_leaves_the_configuration(monkeypatch, small):
 def test_a_run_cut_short_keeps_its_metrics(epochs):
     results = Results(new_folder(Path("here"), Path("unused")), {}, (), tensorboard=False)
 
+    rows = [metrics(epoch) for epoch in range(1, epochs + 1)]
+
     def interrupted():
         with results:
-            for row in map(metrics, range(1, epochs + 1)):
+            for row in rows:
                 results.add(row)
-                assert json.loads(Path("here/metrics.jsonl").read_text().splitlines()[-1]) == row
+                lines = Path("here/metrics.jsonl").read_text().splitlines()
+                assert [json.loads(line) for line in lines] == rows[: len(lines)]
+                assert len(lines) == row["epoch"]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -7,18 +7,21 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 from functools import cached_property
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
 
 import train_cifar
 from parity_tests.small_runs import small_networks
+from parity_tests.test_training_checkpoints import steps_in
 from train_cifar import Trainer
 from training import TrainingError, data
 from training.checkpoints import Checkpoints
@@ -73,13 +76,15 @@ def whole(tmp_path_factory, compiled_once):
 
 
 @pytest.mark.parametrize(
-    ("number", "after"),
+    ("number", "after", "saved"),
     [
-        (signal.SIGTERM, 13),  # 12 are an epoch
-        (signal.SIGINT, 12),
+        (signal.SIGTERM, 13, 13),  # 12 are an epoch
+        (signal.SIGINT, 12, 12),
+        (None, 15, 12),
     ],
 )
-def test_a_run_stopped_by_a_signal_is_resumed_bit_for_bit(monkeypatch, whole, number, after):
+def test_a_run_stopped_at_any_step_is_resumed_bit_for_bit(monkeypatch, whole, number, after, saved):
+    """By a signal, which saves the state, or by an error, which does not."""
     calls = []
     program = Trainer.step.func
 
@@ -89,6 +94,8 @@ def test_a_run_stopped_by_a_signal_is_resumed_bit_for_bit(monkeypatch, whole, nu
         def counted(*args):
             calls.append(1)
             if len(calls) == after:
+                if number is None:
+                    raise MemoryError
                 os.kill(os.getpid(), number)
             return compiled(*args)
 
@@ -98,10 +105,15 @@ def test_a_run_stopped_by_a_signal_is_resumed_bit_for_bit(monkeypatch, whole, nu
         counting = cached_property(step)
         counting.__set_name__(Trainer, "step")
         patch.setattr(Trainer, "step", counting)
-        with pytest.raises(Stopped, match=f"stopped by {number.name} in epoch [12]") as stopped:
+        with pytest.raises(MemoryError if number is None else Stopped) as stopped:
             train_cifar.main(config("run"))
-    assert stopped.value.number == number
+    if number is not None:
+        assert stopped.value.number == number
+        assert f"stopped by {number.name} in epoch {1 if after <= 12 else 2}. " in str(
+            stopped.value
+        )
     assert len(calls) == after
+    assert max(steps_in(Path("run/checkpoints"))) == saved
     free = {"checkpoint_every": 5, "data_dir": Path("elsewhere")}
     train_cifar.main(config("run", resume=True, **free))
     assert_same(outcome("run"), whole[1])
@@ -164,14 +176,18 @@ def test_a_picture_is_classified_as_in_training(whole, capsys):
     chosen = config(whole[0])
     recipe = resolve(chosen)
     like = Trainer(chosen, recipe, data.digits(), Placement(1, 16)).first_state
-    with Checkpoints(whole[0] / "checkpoints") as checkpoints:
+    folder = Path(shutil.copytree(whole[0], "here"))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
         best = checkpoints.best(like).state
+        worse = best._replace(params=jax.tree.map(jnp.zeros_like, best.params))
+        checkpoints.save(99, worse, {}, score=0.0)
     variables = {"params": best.params, "batch_stats": best.batch_stats}
     model = train_cifar.make_model(chosen, recipe, 10)
-    expected = jax.nn.softmax(model.apply(variables, data.to_float(image), train=False)[0])
+    apply = jax.jit(model.apply, static_argnames="train")
+    expected = jax.nn.softmax(apply(variables, data.to_float(image), train=False)[0])
 
     PIL.Image.fromarray(image[0, :, :, 0]).save("digit.png")
-    seen = train_cifar.main(Config(output=whole[0], predict=Path("digit.png")))
+    seen = train_cifar.main(Config(output=folder, predict=Path("digit.png")))
     np.testing.assert_allclose(list(seen.values()), expected, rtol=1e-6)
     assert list(seen) == list("0123456789")
     first = max(seen, key=seen.__getitem__)

@@ -47,7 +47,7 @@ def runs(tmp_path_factory, compiled_once):
     folder = tmp_path_factory.mktemp("runs")
     traces, saves = [], []
     shift, save = data.random_shift, Checkpoints.save
-    with pytest.MonkeyPatch.context() as patch, small_networks():
+    with pytest.MonkeyPatch.context() as patch, small_networks(draw=True):
         patch.chdir(folder)
         patch.setattr(data, "random_shift", lambda *args: traces.append(1) or shift(*args))
         patch.setattr(Checkpoints, "save", lambda *args: saves.append(args[1]) or save(*args))

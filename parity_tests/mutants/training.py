@@ -348,28 +348,28 @@ RUNS = (
         new="            self._save(checkpoints, state, results, score=test_accuracy)\n"
         "            state = self.begin_epoch(state)",
         why="A run resumed between two epochs repeats the order of the first.",
-        hint="test_a_run_stopped_by_a_signal_is_resumed_bit_for_bit",
+        hint="test_a_run_stopped_at_any_step_is_resumed_bit_for_bit",
     ),
     in_resume(
         name="history-without-its-last-epoch",
         old='{"history": results.history}',
         new='{"history": results.history[:-1]}',
         why="A resumed run trains an epoch once more.",
-        hint="test_a_run_stopped_by_a_signal_is_resumed_bit_for_bit",
+        hint="test_a_run_stopped_at_any_step_is_resumed_bit_for_bit",
     ),
     in_resume(
         name="epoch-started-again",
         old="range(first + 1, epoch * self.steps + 1)",
         new="range((epoch - 1) * self.steps + 1, epoch * self.steps + 1)",
         why="A run resumed within an epoch trains too many steps.",
-        hint="test_a_run_stopped_by_a_signal_is_resumed_bit_for_bit",
+        hint="test_a_run_stopped_at_any_step_is_resumed_bit_for_bit",
     ),
     in_resume(
         name="signal-without-a-save",
         old="if signals.noted or done % self.config.checkpoint_every == 0:",
         new="if done % self.config.checkpoint_every == 0:",
         why="What was trained since the last checkpoint is lost.",
-        hint="test_a_run_stopped_by_a_signal",
+        hint="test_a_run_stopped_at_any_step_is_resumed_bit_for_bit",
     ),
 )
 
