@@ -15,6 +15,7 @@ from parity_tests.mutants import (
     interop,
     kernels,
     layers,
+    models,
     norms,
     passes,
     pytorch,
@@ -35,6 +36,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *pytorch.MUTANTS,
     *conversion.MUTANTS,
     *torch_surgery.MUTANTS,
+    *models.MUTANTS,
     *training.MUTANTS,
 )
 EQUIVALENT: tuple[Mutant, ...] = (
