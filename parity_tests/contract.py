@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax import nnx
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -82,7 +83,8 @@ class Row(NamedTuple):
         layer: its name.
         options: arguments of the constructor.
         call: arguments of the call.
-        mask: what is hidden: nothing, values here and there, or whole samples that are all zeros.
+        mask: what is hidden: nothing, values here and there, whole samples that are all zeros, or
+            all but one value of each channel.
         data: the input.
         shape: of the input, channels last.
     """
@@ -157,7 +159,7 @@ class Restated:
             mean, var, n = (m.reshape(-1) for m in moments(x, self.weight, self.axes))
             match self.settings["running_variance"]:
                 case "unbiased":
-                    var = var * n / (n - 1)
+                    var = var * n / np.maximum(n - 1, 1)
                 case "around_running_mean":
                     var = var + (mean - self.before["mean"]) ** 2
             old = np.longdouble(self.settings["momentum"])
@@ -376,6 +378,8 @@ def masks(row, x, rng):
         x[0] = 0  # as padding is
         return mask
     mask = rng.random(row.shape) < 0.7
+    if row.mask == "all but one":
+        mask = np.arange(x.size).reshape(x.shape) < row.shape[-1]
     x[~mask] = 100 * np.abs(x).max()
     return mask
 
@@ -507,6 +511,7 @@ CALL = {
     "ChannelNorm by size": Row("ChannelNorm", {"num_groups": None, "group_size": 3}),
     **with_fields(BASES, "masked", mask="values"),
     **with_fields(with_options(AVERAGING, {"unbiased": UNBIASED}), "and masked", mask="values"),
+    "BatchNorm unbiased, of one value": Row("BatchNorm", UNBIASED, mask="all but one"),
     **with_fields(BASES, "of many sizes", data=SIZES),
     **with_fields(BASES, "far from 0", data=FAR),
     **with_fields(BASES, "far from 0, padded", data=FAR, mask="samples"),
@@ -548,4 +553,16 @@ def type_checks():
 
 
 FLAX = {"linen": Flax(in_linen), "NNX": Flax(in_nnx)}
-CONTRACT = {**checks(FLAX), **type_checks()}
+
+
+def check_parts():
+    """The norms inside of NNX's batch-channel norm are layers, along the same axis."""
+    for axis, shape in ((1, (2, C, 3)), (-1, (2, 3, C))):
+        layer = bcn_flax.nnx.BatchChannelNorm(C, num_groups=2, axis=axis, rngs=nnx.Rngs(0))
+        layer.eval()
+        x = jnp.asarray(np.random.default_rng(0).normal(1, 2, shape), jnp.float32)
+        parts = layer.channel_norm(layer.batch_norm(x))
+        assert_within(parts, np.asarray(layer(x), np.longdouble), 1e-5, "the parts in a row")
+
+
+CONTRACT = {**checks(FLAX), **type_checks(), "contract of NNX, parts": check_parts}

@@ -135,6 +135,7 @@ def test_on_other_platforms_it_stays_a_convolution(platform):
     assert "dot_general" not in lowered(run, x, kernel, platform=platform)
 
 
+SHARDED = NamedSharding(Mesh(jax.devices()[:1], "devices", axis_types=(AxisType.Explicit,)), P())
 OTHERS = {
     "image as large as the window": ((3, 3), (3, 3), {}),
     "image larger than the window": ((2, 5), (3, 3), {}),
@@ -143,6 +144,8 @@ OTHERS = {
     "no output": ((2, 2), (3, 3), {"padding": "VALID"}),
     "dilated image": ((2, 2), (3, 3), {"lhs_dilation": (2, 1), "padding": [(1, 1), (1, 1)]}),
     "dilated window": ((2, 2), (3, 3), {"rhs_dilation": (1, 2)}),
+    "groups of the batch": ((2, 2), (3, 3), {"batch_group_count": 2}),
+    "sharded output": ((2, 2), (3, 3), {"out_sharding": SHARDED}),
     "type of the sums": ((2, 2), (3, 3), {"preferred_element_type": jnp.float32}),
 }
 

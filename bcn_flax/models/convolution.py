@@ -71,6 +71,7 @@ def _is_plain(x: Array, options: Mapping[str, Any]) -> bool:
         "lhs_dilation": ones,
         "rhs_dilation": ones,
         "feature_group_count": 1,
+        "batch_group_count": 1,
         "preferred_element_type": None,
         "out_sharding": None,
     }

@@ -12,6 +12,7 @@ from typing import Any
 from parity_tests.mutants import (
     affine,
     conversion,
+    convolution,
     interop,
     kernels,
     layers,
@@ -33,6 +34,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *layers.MUTANTS,
     *interop.MUTANTS,
     *surgery.MUTANTS,
+    *convolution.MUTANTS,
     *pytorch.MUTANTS,
     *conversion.MUTANTS,
     *torch_surgery.MUTANTS,
