@@ -170,6 +170,72 @@ MUTANTS = (
         hint="contract of NNX, start: BatchChannelNorm with init",
     ),
     Mutant(
+        "nnx-axis-of-the-parts",
+        NNX,
+        '            "axis": axis,\n',
+        "",
+        "The norms inside of a batch-channel norm normalize along the last axis if called alone.",
+        hint="contract of NNX, parts",
+    ),
+    Mutant(
+        "nnx-group-size-ignored",
+        NNX,
+        "            num_groups,\n            group_size,\n",
+        "            num_groups,\n",
+        "BatchChannelNorm keeps its group size to itself.",
+        hint="contract of NNX, start: BatchChannelNorm by size",
+    ),
+    Mutant(
+        "nnx-statistics-of-the-parameters-type",
+        NNX,
+        "shape, stats_dtype = (num_features,), promote(param_dtype, jnp.float32)",
+        "shape, stats_dtype = (num_features,), param_dtype",
+        "With parameters in bfloat16 the running averages are as narrow, and stop moving.",
+        hint="contract of NNX, start: BatchNorm in bfloat16",
+    ),
+    Mutant(
+        "nnx-running-variance-ignored",
+        NNX,
+        "            running_variance=running_variance,\n            update_stats",
+        "            update_stats",
+        "BatchChannelNorm keeps its running variance to itself.",
+        hint="contract of NNX, call: BatchChannelNorm unbiased",
+    ),
+    Mutant(
+        "nnx-one-epsilon-for-the-channel-norm-too",
+        NNX,
+        "            epsilon=epsilon,\n            bias_init=bias_init,",
+        "            epsilon=batch_epsilon or epsilon,\n            bias_init=bias_init,",
+        "The channel norm takes the batch norm's epsilon.",
+        hint="contract of NNX, call: BatchChannelNorm two epsilons",
+    ),
+    Mutant(
+        "nnx-output-type-ignored",
+        NNX,
+        "        self.epsilon = _number(checks.require_epsilon(epsilon))\n"
+        "        self.dtype = dtype\n"
+        "        self.param_dtype = param_dtype\n"
+        "        self.use_bias = use_bias\n"
+        "        self.use_scale = use_scale\n"
+        "        shape = (self.num_groups,)",
+        "        self.epsilon = _number(checks.require_epsilon(epsilon))\n"
+        "        self.dtype = None\n"
+        "        self.param_dtype = param_dtype\n"
+        "        self.use_bias = use_bias\n"
+        "        self.use_scale = use_scale\n"
+        "        shape = (self.num_groups,)",
+        "ChannelNorm ignores its argument `dtype`.",
+        hint="contract of NNX, type: ChannelNorm",
+    ),
+    Mutant(
+        "nnx-mask-counts-as-a-bound",
+        NNX,
+        "mask=None if mask is None else jnp.asarray(mask) != 0",
+        "mask=None if mask is None else jnp.asarray(mask) > 0.7",
+        "Weights that the mask multiplies by less do not count in the variance.",
+        hint="contract of NNX, call: WSConv masked",
+    ),
+    Mutant(
         "nnx-momentum-default",
         NNX,
         "        momentum: float = 0.9,\n"

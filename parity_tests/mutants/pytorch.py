@@ -321,6 +321,28 @@ MUTANTS = (
         hint="weights are standardized wide",
     ),
     Mutant(
+        "torch-weights-rounded-to-the-input-first",
+        TORCH_WEIGHTS,
+        "return self._conv_forward(x, self._standardized_weight(), self.bias)",
+        "weight = self.weight.to(x.dtype)\n"
+        "        weight = standardize_weight(weight, self.standardization, self.gain)\n"
+        "        return self._conv_forward(x, weight, self.bias)",
+        "Under autocast, weights are rounded to the type of a bfloat16 input before they are "
+        "standardized.",
+        hint="standardized_before_it_is_rounded",
+        tests=("test_torch_weight_standardization.py",),
+    ),
+    Mutant(
+        "torch-types-mixed",
+        TORCH_WEIGHTS,
+        "return nn.functional.linear(x, self._standardized_weight(), self.bias)",
+        "bias = None if self.bias is None else self.bias.to(x.dtype)\n"
+        "        return nn.functional.linear(x, self._standardized_weight().to(x.dtype), bias)",
+        "A bfloat16 input passes through a float32 layer, which PyTorch refuses.",
+        hint="half_precision_input_and_types",
+        tests=("test_torch_weight_standardization.py",),
+    ),
+    Mutant(
         "torch-weights-overwritten",
         TORCH_WEIGHTS,
         "        return standardize_weight(self.weight, self.standardization, self.gain)",
