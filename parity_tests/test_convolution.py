@@ -71,6 +71,8 @@ SMALL = {
     "strides": ((2, 2), (3, 3), 2, [(1, 1), (1, 1)]),
     "uneven padding": ((2, 2), (3, 3), 1, [(0, 2), (2, 1)]),
     "windows beside the image": ((2, 1), (3, 3), 2, [(4, 1), (0, 2)]),
+    "windows after the image": ((2, 1), (3, 3), 2, [(1, 4), (0, 2)]),
+    "as many outputs as weights": ((2, 2), (3, 3), 1, [(1, 2), (1, 2)]),
     "negative padding": ((1, 3), (2, 2), 1, [(1, 1), (-1, 0)]),
     "1-D": ((2,), (3,), 1, "SAME"),
     "3-D": ((2, 2, 1), (3, 3, 3), 1, "SAME"),
@@ -87,7 +89,8 @@ def results(function, x, kernel, dy):
     ("case", "dtype"),
     [*((case, jnp.float64) for case in SMALL), ("2x2", jnp.float32), ("2x2", jnp.bfloat16)],
 )
-def test_results_and_gradients_are_those_of_the_convolution(case, dtype, x64):
+@jax.enable_x64(True)
+def test_results_and_gradients_are_those_of_the_convolution(case, dtype):
     space, window, strides, padding = SMALL[case]
     options = {"rank": len(space), "strides": strides, "padding": padding}
     x, kernel = draw(space, window, dtype)
@@ -196,7 +199,8 @@ def test_a_batch_may_be_empty():
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
-def test_vmap(axes, x64):
+@jax.enable_x64(True)
+def test_vmap(axes):
     x, kernel = draw((2, 2), (3, 3), np.float64)
     x, kernel = (
         a if axis is None else jnp.stack([a, 2 * a, jnp.sin(a)])

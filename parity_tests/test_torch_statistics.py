@@ -242,3 +242,10 @@ def test_compiled_a_nan_stays_out_and_update_stats_is_obeyed(estimate):
         assert_rounding_apart(estimates(layers[0]), estimates(layers[1]))
         assert all(estimate.isfinite().all() for estimate in layers[0].buffers())
         x = x + 1
+
+
+@pytest.mark.parametrize("norm", [BatchNorm(4), BatchChannelNorm(4, 2)], ids=["batch", "bcn"])
+def test_one_image_is_no_single_value_and_integers_are_no_input(norm):
+    norm(torch.ones(1, 4, 2, 2))  # without a warning
+    with pytest.raises(ValueError, match=r"must be of a real floating-point type.*int64"):
+        norm(torch.ones(2, 4, dtype=torch.int64))

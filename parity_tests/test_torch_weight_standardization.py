@@ -163,3 +163,19 @@ def test_half_precision_input_and_types_are_those_of_pytorchs_layer(
     y = layer(x)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, plain(x))
+
+
+def test_a_gain_starts_at_1_in_the_type_of_the_weight_and_is_reset():
+    layer = WSConv2d(4, 6, 3, standardization=Standardization(gain=True), dtype=torch.float64)
+    assert torch.equal(layer.gain, torch.ones(6, dtype=torch.float64))
+    with torch.no_grad():
+        layer.gain.fill_(3)
+    layer.reset_parameters()
+    assert torch.equal(layer.gain, torch.ones(6, dtype=torch.float64))
+
+
+def test_a_gain_in_half_precision_is_multiplied_before_the_rounding():
+    w, how = weight(6, 40, dtype=torch.bfloat16), Standardization(gain=True)
+    gain = torch.linspace(0.3, 1.7, 6).bfloat16()
+    once = standardize_weight(w.float(), how, gain.float()).bfloat16()
+    assert torch.equal(standardize_weight(w, how, gain), once)

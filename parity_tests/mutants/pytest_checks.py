@@ -31,6 +31,8 @@ def run(file: str, *options: str) -> None:
     fixtures = import_module("parity_tests.small_runs")
     with contextlib.redirect_stdout(io.StringIO()):
         status = pytest.main([*words, *options], plugins=[failed, fixtures])
+    if status in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise SystemExit(f"Nothing of {file} was run with {options}.")  # caught nothing
     if status:
         raise AssertionError(failed.message or f"pytest ended with {status!r}")
 
