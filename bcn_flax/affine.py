@@ -132,12 +132,11 @@ def moments(
         counts = jnp.sum(mask, space, dtype=widen(x).dtype)
         center = jnp.sum(widen(jnp.where(mask, x, 0)), space) / jnp.maximum(counts, 1)
     origin = checkpoint_name(_constant_origin(center), MOMENTS)
-    sums = passes.measure(x, widen(x) if wide is None else wide, origin, mask, axis)
+    total, squares = passes.measure(x, widen(x) if wide is None else wide, origin, mask, axis)
+    sums = checkpoint_name((_zero_if_huge(total), squares), MOMENTS)
     divisor = size if counts is None else jnp.maximum(counts, 1)
-    mean, second = (s / divisor for s in checkpoint_name(sums, MOMENTS))
-    # If both overflow, the variance is infinite instead of NaN.
-    square = jnp.minimum(jnp.square(mean), jnp.finfo(mean.dtype).max)
-    return Moments(mean, _clamp_at_zero(second - square), size, origin, counts)
+    mean, second = (s / divisor for s in sums)
+    return Moments(mean, _variance(mean, second), size, origin, counts)
 
 
 @partial(jax.jit, static_argnames=("axis_name", "axis_index_groups"))
@@ -187,22 +186,45 @@ def pool_groups(m: Moments, num_groups: int) -> Moments:
     return jax.tree.map(lambda values: jnp.squeeze(values, -1), pooled)
 
 
-def standardize(m: Moments, epsilon: Number, origin: Array | float = 0.0) -> Affine:
+def standardize(
+    m: Moments, epsilon: Number, origin: Array | float = 0.0, learned: Affine | None = None
+) -> Affine:
     """The map that gives mean 0 and variance `var / (var + epsilon)`, nearly 1.
 
     Args:
         m: the moments to standardize with.
         epsilon: added to the variance.
         origin: the origin of the values to be mapped.
+        learned: a map to follow.
     """
-    scale = _inverse_root(m.var + epsilon)
-    return Affine(scale, ((origin - m.origin) - m.mean) * scale)
+    scale = inverse_root(m.var + epsilon)
+    f = Affine(scale, ((origin - m.origin) - m.mean) * scale)
+    f = f if learned is None else chain(f, learned)
+    return f._replace(scale=constant_where_infinite(f.scale, m.var))
+
+
+def constant_where_infinite(scale: Array, var: Array) -> Array:
+    """`scale`, without derivative where `var` is infinite.
+
+    The derivative there is a sum over values so large that it may overflow. Its product with a
+    scale of 0 would be NaN.
+    """
+    return jnp.where(jnp.isinf(var), lax.stop_gradient(scale), scale)
 
 
 def push(f: Affine, m: Moments) -> Moments:
     """The moments of `f(x)`, relative to 0, from those of `x`; `f` and `m` share their origin."""
-    mean, var = f.scale * m.mean + f.offset, jnp.square(f.scale) * m.var
-    return Moments(mean, var, m.size, counts=m.counts)
+    # An infinite variance stays so, and has no derivative; but 0 times it is 0.
+    var = jnp.square(f.scale) * jnp.minimum(m.var, jnp.finfo(m.var.dtype).max)
+    infinite = jnp.where(jnp.isinf(m.var) & (f.scale != 0), jnp.inf, 0)
+    var = var + lax.stop_gradient(infinite)
+    return Moments(f.scale * m.mean + f.offset, var, m.size, counts=m.counts)
+
+
+def followed_by(f: Affine, m: Moments, norm: Callable[[Moments], Affine]) -> Affine:
+    """First `f`, then a norm of `f(x)`, as one map; `m` are the moments of `x`."""
+    both = chain(f, norm(push(f, m)))
+    return both._replace(scale=constant_where_infinite(both.scale, m.var))
 
 
 def chain(f: Affine, g: Affine) -> Affine:
@@ -271,7 +293,8 @@ def _pool(m: Moments, total: Callable[[Sequence[Array]], list[Array]], number: A
     origin = _constant_origin(*average(m.mean_from_zero))
     deviation = (m.origin - origin) + m.mean
     mean, second = average(deviation, m.var + jnp.square(deviation))
-    return Moments(mean, _clamp_at_zero(second - jnp.square(mean)), size, origin, counts)
+    mean = _zero_if_huge(mean)
+    return Moments(mean, _variance(mean, second), size, origin, counts)
 
 
 def _unsplit_groups(values: Float[Array, "n c"], num_groups: int) -> Float[Array, "n c"]:
@@ -286,11 +309,27 @@ def _unsplit_groups(values: Float[Array, "n c"], num_groups: int) -> Float[Array
 
 
 def _constant_origin(center: Array) -> Array:
-    """An origin near `center`: finite, and without derivative."""
-    # One value that is not finite must not spoil the others of its channel. The `where` also keeps
-    # the origin out of any fused multiply-add, so that the compiler rounds it in the same way
-    # wherever it recomputes it.
-    return lax.stop_gradient(jnp.where(jnp.isfinite(center), center, 0))
+    """An origin near `center`, without derivative."""
+    # One value that is not finite must not spoil the others of its channel. The `where` in this
+    # function also keeps the origin out of any fused multiply-add, so that the compiler rounds it
+    # in the same way wherever it recomputes it.
+    return _zero_if_huge(lax.stop_gradient(center))
+
+
+@jax.custom_jvp
+def _zero_if_huge(values: Array) -> Array:
+    """The values, but 0 for NaN and for those whose difference from a finite value may overflow.
+
+    The largest number is half a rounding away from overflow. The derivative is 1 all the same: the
+    variance of what has so large a mean is infinite, and its scale 0.
+    """
+    info = jnp.finfo(values.dtype)
+    return jnp.where(jnp.abs(values) < float(info.max) * float(info.eps) / 4, values, 0)
+
+
+@_zero_if_huge.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _zero_if_huge(*primals), *tangents
 
 
 def _coarse_grid(x: Array, space: Sequence[int]) -> Array:
@@ -309,7 +348,7 @@ def _coarse_grid(x: Array, space: Sequence[int]) -> Array:
 
 
 @jax.custom_jvp
-def _inverse_root(values: Array) -> Array:
+def inverse_root(values: Array) -> Array:
     """`1 / sqrt(values)`.
 
     Its derivative is computed from the result, in an order that does not underflow. The derivative
@@ -318,12 +357,15 @@ def _inverse_root(values: Array) -> Array:
     return 1 / jnp.sqrt(values)
 
 
-@_inverse_root.defjvp
+@inverse_root.defjvp
 def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    root = _inverse_root(*primals)
+    root = inverse_root(*primals)
     return root, -0.5 * root * (root * (root * tangents[0]))
 
 
-def _clamp_at_zero(var: Array) -> Array:
-    """Clamp a variance that rounding made negative at 0, without changing its derivatives."""
+def _variance(mean: Array, second: Array) -> Array:
+    """The second moment minus the squared mean."""
+    # If both overflow, the variance is infinite instead of NaN.
+    var = second - jnp.minimum(jnp.square(mean), jnp.finfo(mean.dtype).max)
+    # Clamp one that rounding made negative at 0, without changing its derivatives.
     return var + lax.stop_gradient(jnp.maximum(-var, 0))

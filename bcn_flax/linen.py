@@ -16,7 +16,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from bcn_flax import checks, norms
-from bcn_flax.affine import Affine, Moments, chain, push
+from bcn_flax.affine import Affine, Moments, followed_by
 from bcn_flax.norms import RunningVariance
 from bcn_flax.passes import promote
 from bcn_flax.weight_standardization import Standardization, standardize_kernel
@@ -307,7 +307,7 @@ class BatchChannelNorm(_WithRunningAverages):
             **shared,
         )
         f = batch_norm.affine(m, use_running_average, update_stats)
-        return chain(f, channel_norm.affine(push(f, m)))
+        return followed_by(f, m, channel_norm.affine)
 
 
 class _StandardizedKernel(nn.Module):

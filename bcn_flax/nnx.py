@@ -20,7 +20,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jaxtyping import Array, Bool, Float
 
 from bcn_flax import checks, norms
-from bcn_flax.affine import Affine, Moments, chain, push
+from bcn_flax.affine import Affine, Moments, followed_by
 from bcn_flax.norms import RunningVariance
 from bcn_flax.passes import promote
 from bcn_flax.weight_standardization import Standardization, require_fan_in, standardize_kernel
@@ -429,7 +429,7 @@ class BatchChannelNorm(_WithRunningAverages):
     def _affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
         """The map for an input with moments `m`; `update_stats` updates the running averages."""
         f = self.batch_norm.affine(m, use_running_average, update_stats)
-        return chain(f, self.channel_norm.affine(push(f, m)))
+        return followed_by(f, m, self.channel_norm.affine)
 
 
 class _StandardizedKernel(nnx.Module):

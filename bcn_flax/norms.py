@@ -22,7 +22,6 @@ from bcn_flax.affine import (
     Moments,
     Number,
     apply,
-    chain,
     moments,
     per_channel,
     pool_batch,
@@ -152,7 +151,7 @@ def batch_norm(
 def _standardize(m: Moments, learned: Affine, epsilon: Number, origin: Array | float) -> Affine:
     m = Moments(widen(m.mean), widen(m.var), origin=m.origin)
     epsilon = jnp.asarray(epsilon, m.var.dtype)
-    return chain(standardize(m, epsilon, origin), learned)
+    return standardize(m, epsilon, origin, learned)
 
 
 def channel_norm(m: Moments, learned: Affine, epsilon: ArrayLike) -> Affine:
@@ -178,8 +177,8 @@ def _channel_norm(m: Moments, learned: Affine, epsilon: Number) -> Affine:
     epsilon = jnp.asarray(epsilon, pooled.var.dtype)
     # Compute one map for each group, then repeat it for each channel.
     if jnp.ndim(m.origin) == 0:
-        return per_channel(chain(standardize(pooled, epsilon, m.origin), learned), m.mean)
-    f = per_channel(chain(standardize(pooled, epsilon, pooled.origin), learned), m.mean)
+        return per_channel(standardize(pooled, epsilon, m.origin, learned), m.mean)
+    f = per_channel(standardize(pooled, epsilon, pooled.origin, learned), m.mean)
     return Affine(f.scale, f.scale * (m.origin - per_channel(pooled.origin, m.mean)) + f.offset)
 
 

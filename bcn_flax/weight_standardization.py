@@ -7,11 +7,10 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from bcn_flax import checks
-from bcn_flax.affine import Affine, Moments, apply, moments
+from bcn_flax.affine import Affine, Moments, apply, constant_where_infinite, inverse_root, moments
 from bcn_flax.norms import unbiased
 from bcn_flax.passes import widen
 
@@ -107,7 +106,7 @@ def _standardized(
     scale = _inverse_divisor(m, how)
     if gain is not None:
         scale = scale * widen(gain)[None]
-    f = Affine(scale, -m.mean * scale)
+    f = Affine(constant_where_infinite(scale, m.var), -m.mean * scale)
     standardized = apply(f, sample, axis, None, m.origin, wide)
     return standardized if mask is None else jnp.where(mask, standardized, 0)
 
@@ -117,11 +116,11 @@ def _inverse_divisor(m: Moments, how: Standardization) -> Array:
     s = jnp.maximum(m.weight, 1) if how.fan_in_scaling else 1
     match how.epsilon_role:
         case "added_to_variance":
-            inverse = lax.rsqrt(s * (var + how.epsilon))
+            inverse = inverse_root(s * (var + how.epsilon))
         case "added_to_deviation":
             inverse = 1 / (jnp.sqrt(s) * (_root(var) + how.epsilon))
         case "least_variance":
-            inverse = lax.rsqrt(jnp.maximum(s * var, how.epsilon))
+            inverse = inverse_root(jnp.maximum(s * var, how.epsilon))
     return how.gamma * inverse
 
 

@@ -17,11 +17,16 @@ from dataclasses import dataclass
 import numpy as np
 
 
-def standardize(x, axes, eps, ddof=0):
-    """Each block of values along `axes` to mean 0 and variance 1; also its standard deviation."""
+def standardize(x, axes, eps, ddof=0, largest=np.inf):
+    """Each block of values along `axes` to mean 0 and variance 1; also its standard deviation.
+
+    A variance above the `largest` is infinite, as where it overflows.
+    """
     deviation = x - x.mean(axes, keepdims=True)
+    deviation = deviation - deviation.mean(axes, keepdims=True)  # the first mean is rounded
     size = np.prod([x.shape[axis] for axis in axes])
-    std = np.sqrt((deviation**2).sum(axes, keepdims=True) / (size - ddof) + eps)
+    var = (deviation**2).sum(axes, keepdims=True) / (size - ddof)
+    std = np.sqrt(np.where(var > largest, np.inf, var) + eps)
     return deviation / std, std
 
 
@@ -47,6 +52,7 @@ class BatchNorm:
     mean: np.ndarray | float = 0.0
     var: np.ndarray | float = 1.0
     running_variance: str = "biased"
+    largest: float = np.inf
 
     def forward(self, x, train=True):
         self.axes = _all_but_last(x)
@@ -54,7 +60,7 @@ class BatchNorm:
         if train:
             self._update(x.mean(self.axes), self._variance(x))
         if self.own_moments:
-            self.h, self.std = standardize(x, self.axes, self.eps)
+            self.h, self.std = standardize(x, self.axes, self.eps, largest=self.largest)
         else:
             self.std = np.sqrt(self.var + self.eps)
             self.h = (x - self.mean) / self.std
@@ -69,7 +75,7 @@ class BatchNorm:
 
     def _update(self, mean, var):
         """A channel whose moments are not finite keeps its estimates."""
-        finite = np.isfinite(mean) & np.isfinite(var)
+        finite = np.isfinite(mean) & np.isfinite(var) & (var <= self.largest)
 
         def average(old, new):
             return np.where(finite, self.momentum * old + (1 - self.momentum) * new, old)
@@ -96,6 +102,7 @@ class ChannelNorm:
     eps: float = 1e-5
     scale: np.ndarray | float = 1.0
     bias: np.ndarray | float = 0.0
+    largest: float = np.inf
 
     def _split(self, x):
         """`(n, *space, c)` as `(n, values, groups, channels of a group)`."""
@@ -103,7 +110,7 @@ class ChannelNorm:
 
     def forward(self, x, train=True):
         del train
-        self.h, self.std = standardize(self._split(x), (1, 3), self.eps)
+        self.h, self.std = standardize(self._split(x), (1, 3), self.eps, largest=self.largest)
         per_group = [np.broadcast_to(p, (self.groups,))[:, None] for p in (self.scale, self.bias)]
         return (per_group[0] * self.h + per_group[1]).reshape(x.shape)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from parity_tests.cases import CASES
 from parity_tests.contract import CONTRACT
+from parity_tests.extremes import EXTREMES, PYTORCH_EXTREMES
 from parity_tests.kernel_contract import KERNEL_CONTRACT
 from parity_tests.laws import LAWS
 from parity_tests.networks import NETWORKS
@@ -20,4 +21,5 @@ def checks() -> dict[str, Callable[[], object]]:
     contract = {**CONTRACT, **KERNEL_CONTRACT, **TORCH_CONTRACT}
     surgery = {**SURGERY, **torch_surgery.SURGERY, **CONVERSIONS}
     layers = {**contract, **cases, **NETWORKS, **HALF_PRECISION}
-    return {**layers, **weights.CHECKS, **LAWS, **surgery}
+    laws = {**LAWS, **EXTREMES, **PYTORCH_EXTREMES}
+    return {**layers, **weights.CHECKS, **laws, **surgery}
