@@ -76,8 +76,8 @@ MUTANTS = (
     Mutant(
         "linen-channel-norm-of-the-input",
         LINEN,
-        "channel_norm.affine(push(f, m))",
-        "channel_norm.affine(m)",
+        "followed_by(f, m, channel_norm.affine)",
+        "followed_by(f, m, lambda _: channel_norm.affine(m))",
         "The channel norm is measured on the input, not on what the batch norm makes of it.",
         hint="BatchChannelNorm: a channel norm follows",
     ),
@@ -290,8 +290,8 @@ MUTANTS = (
     Mutant(
         "nnx-channel-norm-of-the-input",
         NNX,
-        "self.channel_norm.affine(push(f, m))",
-        "self.channel_norm.affine(m)",
+        "followed_by(f, m, self.channel_norm.affine)",
+        "followed_by(f, m, lambda _: self.channel_norm.affine(m))",
         "The channel norm is measured on the input, not on what the batch norm makes of it.",
         hint="NNX BatchChannelNorm: an nnx layer is linens",
     ),

@@ -204,7 +204,7 @@ MUTANTS = (
     Mutant(
         "batch-norm-scale-and-bias-ignored",
         NORMS,
-        "return chain(standardize(m, epsilon, origin), learned)",
+        "return standardize(m, epsilon, origin, learned)",
         "return standardize(m, epsilon, origin)",
         "The batch norm learns nothing.",
         hint="BatchNorm: a constant comes",
@@ -212,9 +212,9 @@ MUTANTS = (
     Mutant(
         "batch-norm-bias-ignored",
         NORMS,
-        "    return chain(standardize(m, epsilon, origin), learned)",
+        "    return standardize(m, epsilon, origin, learned)",
         "    learned = learned._replace(offset=jnp.zeros_like(learned.offset))\n"
-        "    return chain(standardize(m, epsilon, origin), learned)",
+        "    return standardize(m, epsilon, origin, learned)",
         "The batch norm does not shift.",
         hint="BatchNorm: a constant comes",
     ),
