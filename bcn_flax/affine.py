@@ -366,6 +366,10 @@ def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
 def _variance(mean: Array, second: Array) -> Array:
     """The second moment minus the squared mean."""
     # If both overflow, the variance is infinite instead of NaN.
-    var = second - jnp.minimum(jnp.square(mean), jnp.finfo(mean.dtype).max)
-    # Clamp one that rounding made negative at 0, without changing its derivatives.
+    square = jnp.minimum(jnp.square(mean), jnp.finfo(mean.dtype).max)
+    return _clamp_at_zero(second - square)
+
+
+def _clamp_at_zero(var: Array) -> Array:
+    """Clamp a variance that rounding made negative at 0, without changing its derivatives."""
     return var + lax.stop_gradient(jnp.maximum(-var, 0))

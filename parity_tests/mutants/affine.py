@@ -261,8 +261,8 @@ MUTANTS = (
     Mutant(
         "overflow-minus-overflow",
         AFFINE,
-        "var = second - jnp.minimum(jnp.square(mean), jnp.finfo(mean.dtype).max)",
-        "var = second - jnp.square(mean)",
+        "square = jnp.minimum(jnp.square(mean), jnp.finfo(mean.dtype).max)",
+        "square = jnp.square(mean)",
         "Where both squares overflow the variance is NaN, and not infinite.",
         hint="squares overflow",
     ),
