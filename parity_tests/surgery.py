@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
+from flax.traverse_util import flatten_dict
 
 import bcn_flax
 import bcn_flax.nnx
@@ -126,6 +127,9 @@ class Linen(NamedTuple):
         x = IMAGES.astype(self.dtype)
         folded = linen.fold(model, variables, x, **self.options)
         assert (len(folded.convolutions), len(folded.norms)) == self.folded, folded
+        params = flatten_dict(folded.variables["params"])
+        names = {path[-1] for path in params if path[:-1] in folded.convolutions}
+        assert names <= {"kernel", "bias"}, "a gain is a part of the kernel now"
         expected = model.apply(variables, x, **self.options)
         actual = folded.apply(folded.variables, x, **self.options)
         if self.options:
@@ -143,7 +147,16 @@ LINEN = {
         lambda m, x: BCN()(bcn_flax.WSConvTranspose(*WINDOW, transpose_kernel=True)(x)), (1, 1)
     ),
     "two epsilons": Linen(
-        lambda m, x: BCN(epsilon=1e-3, batch_epsilon=0.5)(nn.Conv(*WINDOW)(x)), (1, 1)
+        lambda m, x: BCN(epsilon=0.1, batch_epsilon=0.5)(nn.Conv(*WINDOW)(x)), (1, 1)
+    ),
+    "the type of the norm": Linen(
+        lambda m, x: bcn_flax.BatchNorm(True, dtype=jnp.bfloat16)(nn.Conv(*WINDOW)(x)), (1, 1)
+    ),
+    "arguments": Linen(
+        lambda m, x: BCN(use_bias=False)(
+            bcn_flax.WSConv(*WINDOW, strides=2, padding="VALID", kernel_dilation=2)(x)
+        ),
+        (1, 1),
     ),
     "compiled, twice": Linen(lambda m, x: Compiled()(Compiled()(x)), (2, 0)),
     "an ensemble": Linen(lambda m, x: ensemble(0)()(x), (1, 1)),
@@ -284,6 +297,10 @@ IN_NNX = {
             "conv": HALF,
             "norm": partial(bcn_flax.nnx.BatchNorm, use_scale=False, use_bias=False),
         },
+    ),
+    "bfloat16, a bias alone": NNX(
+        lambda m, x: m.norm(m.conv(x)),
+        layers={"conv": HALF, "norm": partial(bcn_flax.nnx.BatchNorm, use_scale=False)},
     ),
     "bfloat16, Flax's norm": NNX(
         lambda m, x: m.norm(m.conv(x)),

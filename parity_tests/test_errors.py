@@ -162,6 +162,11 @@ FLAX = (
                 "into one with a reshape.",
             ),
             (
+                {"axis": 1.0},
+                "The channel axis must be one integer, but axis=1.0. Merge several channel axes "
+                "into one with a reshape.",
+            ),
+            (
                 {"x": X[:0]},
                 "The input must not be empty, but its shape is (0, 4, 4, 8). Skip the empty batch, "
                 "or pad it and pass a mask.",
