@@ -35,10 +35,7 @@ import signal
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports, which take long
 
-import contextlib
 import math
-import os
-import statistics
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -59,16 +56,7 @@ from bcn_flax.models import VGG, ResNet
 from training import TrainingError, data, devices, progress, results
 from training.checkpoints import Checkpoints
 from training.compilation import compile_program
-from training.config import (
-    Config,
-    Recipe,
-    as_json,
-    default_folder,
-    describe,
-    resolve,
-    settings_of,
-    with_settings_of,
-)
+from training.config import Config, Recipe, default_folder, describe, resolve, settings_of
 from training.data import Dataset, Split
 from training.devices import Placement
 from training.progress import ProgressBar, Signals, Stopped
@@ -281,29 +269,25 @@ class Trainer:
         self._model = make_model(config, recipe, len(dataset.classes))
         batches = recipe.epochs * self.steps // recipe.micro_batches
         self._optimizer = make_optimizer(config, recipe, batches)
-        self._shape = dataset.train.images.shape
+        shape = dataset.train.images.shape
+        self._make_state = partial(first_state, self._model, self._optimizer, shape, config.seed)
 
     def _compile(self, function: Callable[..., Any], *args: Any, donate: bool = False) -> Any:
         """Compile ahead of time, so that the speed of an epoch does not include it."""
         shardings, donated = self._placement.replicated, (0,) if donate else ()
         jitted = jax.jit(function, out_shardings=shardings, donate_argnums=donated)
-        return compile_program(
-            jitted.lower(*args), function.__name__, self.config.compilation_cache
-        )
-
-    def _first_state(self) -> State:
-        return first_state(self._model, self._optimizer, self._shape, self.config.seed)
+        return compile_program(jitted.lower(*args), cache=self.config.compilation_cache)
 
     @cached_property
     def first_state(self) -> State:
         """See `first_state`."""
-        state: State = self._compile(self._first_state)()
+        state: State = self._compile(self._make_state)()
         return state
 
     @cached_property
     def like(self) -> State:
         """The types of a state, which take no compilation."""
-        return self._placement.abstract(self._first_state)
+        return self._placement.abstract(self._make_state)
 
     @cached_property
     def step(self) -> Callable[[State, Split], State]:
@@ -404,7 +388,7 @@ def train(config: Config) -> dict[str, float]:
     dataset = data.load(config.dataset, config.data_dir)
     shape, held_out = dataset.train.images.shape, len(dataset.test.labels)
     trainer = Trainer(config, recipe, dataset, Placement(config.devices, recipe.micro_batch))
-    settings = settings_of(config, recipe) | as_json({"classes": dataset.classes, "images": shape})
+    settings = settings_of(config, recipe, classes=dataset.classes, images=shape)
     default = default_folder(config, recipe)
     folder = results.make_folder(config.output, default, settings, resume=config.resume)
     devices.wait_for_all()
@@ -433,18 +417,14 @@ def train(config: Config) -> dict[str, float]:
             with Signals() as signals, bar:
                 trainer.fit(state, checkpoints, written, signals, bar)
     parameters = sum(p.size for p in jax.tree.leaves(trainer.like.params))
-    speed = statistics.harmonic_mean([row["images_per_second"] for row in written.history])
-    print(
-        f"{parameters:,} parameters, {speed:,.0f} images/s, {devices.peak_memory()}; "
-        f"results in {folder}"
-    )
+    print(f"{parameters:,} parameters, {written.speed():,.0f} images/s, ", end="")
+    print(f"{devices.peak_memory()}; results in {folder}")
     return written.history[-1]
 
 
 def evaluate(config: Config) -> dict[str, float]:
     """Evaluate the last and the best checkpoint of a run; return the metrics of the best one."""
-    folder = results.require_run(config.output, default_folder(config, resolve(config)))
-    config, _ = with_settings_of(config, folder / "config.json")
+    folder, config, _ = results.read_run(config)
     recipe, dataset = resolve(config), data.load(config.dataset, config.data_dir)
     trainer = Trainer(config, recipe, dataset, Placement(1, recipe.micro_batch))
     metrics: dict[str, float] = {}
@@ -461,13 +441,9 @@ def evaluate(config: Config) -> dict[str, float]:
 
 def predict(config: Config, picture: Path) -> dict[str, float]:
     """Classify a picture with the best checkpoint of a run; return a probability per class."""
-    folder = results.require_run(config.output, default_folder(config, resolve(config)))
-    config, settings = with_settings_of(config, folder / "config.json")
+    folder, config, settings = results.read_run(config)
     recipe, classes, shape = resolve(config), settings["classes"], tuple(settings["images"])
-    image = data.read_picture(picture, shape[1:])
-    if config.dataset == "digits" and data.is_dark_on_light(image):
-        print(f"{picture} is dark on light and the digits are light on dark: it is inverted")
-        image = 255 - image
+    image = data.read_picture(picture, shape[1:], light_on_dark=config.dataset == "digits")
     model = make_model(config, recipe, len(classes))
     optimizer = make_optimizer(config, recipe, 1)
     placement = Placement(1, recipe.micro_batch)
@@ -483,8 +459,7 @@ def predict(config: Config, picture: Path) -> dict[str, float]:
         logits: Any = model.apply(variables, data.to_float(image[None]), train=False)
         return jax.nn.softmax(logits[0].astype(jnp.float32))
 
-    lowered = classify.lower(variables, image)
-    program = compile_program(lowered, "classify", config.compilation_cache)
+    program = compile_program(classify.lower(variables, image), cache=config.compilation_cache)
     probabilities = dict(zip(classes, program(variables, image).tolist(), strict=True))
     first, *others = sorted(classes, key=probabilities.__getitem__, reverse=True)[:3]
     less = ", ".join(f"{name} {probabilities[name]:.1%}" for name in others)
@@ -501,10 +476,7 @@ def main(config: Config) -> dict[str, float]:
         Stopped: a signal ended training; its state is saved.
     """
     devices.connect(config.distributed, config.coordinator, config.num_processes, config.process_id)
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() > 0:  # only the first process prints
-            silence = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(silence))
+    with progress.printing_in_first_process():
         if config.predict is not None:
             return predict(config, config.predict)
         return evaluate(config) if config.eval_only else train(config)

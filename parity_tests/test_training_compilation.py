@@ -48,7 +48,7 @@ def compiled(factor=3, cache=True):
 
     lowered = jax.jit(program).lower(jnp.ones(3))
     np.testing.assert_array_equal(
-        compile_program(lowered, "program", cache)(jnp.ones(3)), np.full(3, factor)
+        compile_program(lowered, cache=cache)(jnp.ones(3)), np.full(3, factor)
     )
 
 
@@ -115,9 +115,23 @@ def test_a_damaged_program_is_compiled_again(user_cache, found, damage):
     assert len(kept(user_cache)) == 1
 
 
+def test_a_damaged_program_costs_no_other(user_cache, found):
+    compiled()
+    (path,) = kept(user_cache)
+    compiled(4)
+    cut(path)
+    compiled()
+    assert len(kept(user_cache)) == 2
+    assert not found
+    compiled(4)
+    assert found
+
+
 def test_what_a_killed_process_leaves_is_removed(user_cache):
     compiled()
-    folders = [user_cache / "programs" / "program" / f"process-{name}" for name in ("old", "new")]
+    folders = [
+        user_cache / "programs" / "jit_program" / f"process-{name}" for name in ("old", "new")
+    ]
     for folder in folders:
         folder.mkdir()
         (folder / "half-cache").write_bytes(b"half")

@@ -150,8 +150,21 @@ def test_random_damage_is_read_or_reported_in_a_line():
             assert "\n" not in str(error)  # noqa: PT017
 
 
-def test_only_pictures_with_a_light_border_are_dark_on_light():
+def test_a_digit_in_dark_ink_is_inverted(capsys):
+    Image.fromarray(255 - LARGE).save("ink.png")
+    seen = data.read_picture(Path("ink.png"), (8, 8, 1), light_on_dark=True)
+    np.testing.assert_allclose(seen[:, :, 0].astype(int), scaled(LARGE), atol=1)
+    assert capsys.readouterr().out == (
+        "ink.png is dark on light, and the images of the data set are not: it is inverted\n"
+    )
+    Image.fromarray(LARGE).save("light.png")
+    same = data.read_picture(Path("light.png"), (8, 8, 1), light_on_dark=True)
+    np.testing.assert_array_equal(same, data.read_picture(Path("light.png"), (8, 8, 1)))
+    assert capsys.readouterr().out == ""
+
+
+def test_no_digit_has_a_light_border():
     train, test, _ = data.digits()
     for image in (*train.images, *test.images):
-        assert not data.is_dark_on_light(image)
-        assert data.is_dark_on_light(255 - image)
+        assert not data.has_light_border(image)
+        assert data.has_light_border(255 - image)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import jax
 import pooch
@@ -31,7 +32,7 @@ _SETTINGS = {
 }
 
 
-def compile_program(lowered: jax.stages.Lowered, name: str, cache: bool) -> jax.stages.Compiled:
+def compile_program(lowered: jax.stages.Lowered, *, cache: bool) -> jax.stages.Compiled:
     """Compile a program, or take it from the user's cache folder; without `cache`, leave it to JAX.
 
     A folder that cannot be used is as good as none. If the user has given JAX a folder, that is
@@ -41,6 +42,8 @@ def compile_program(lowered: jax.stages.Lowered, name: str, cache: bool) -> jax.
     given = options["jax_compilation_cache_dir"] or not options["jax_enable_compilation_cache"]
     if not cache or given or jax.process_count() > 1:
         return lowered.compile()
+    module: Any = lowered.compiler_ir("stablehlo")
+    name = module.operation.attributes["sym_name"].value
     folder = Path(pooch.os_cache("batch-channel-norm")) / "programs" / name
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -307,9 +307,9 @@ def default_folder(config: Config, recipe: Recipe) -> Path:
     return Path("runs") / f"{config.dataset}{network}-{layers}-{batch}-seed{config.seed}"
 
 
-def settings_of(config: Config, recipe: Recipe) -> dict[str, Any]:
+def settings_of(config: Config, recipe: Recipe, **of_data: Any) -> dict[str, Any]:
     """All settings of a run, as they come back from its file."""
-    return as_json({**vars(config), **vars(recipe)})
+    return as_json({**vars(config), **vars(recipe), **of_data})
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,10 +323,16 @@ def describe(config: Config, recipe: Recipe) -> list[str]:
     default = resolve(Config(dataset=config.dataset))
     usual = settings_of(Config(), default)
     changed = [name for name in settings if settings[name] != usual[name]]
-    main = [f"{name}={settings[name]}" for name in _MAIN if name not in changed]
+    main = [f"{name}={_short(settings[name])}" for name in _MAIN if name not in changed]
     hidden = len(settings) - len(changed) - len(main)
-    lines = [f"{name:>18}  {settings[name]} (default {usual[name]})" for name in changed]
+    lines = [
+        f"{name:>18}  {_short(settings[name])} (default {_short(usual[name])})" for name in changed
+    ]
     return [*lines, f"by default: {', '.join(main)} and {hidden} more, all in config.json"]
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -86,11 +86,14 @@ def digits() -> Dataset:
     )
 
 
-def read_picture(path: Path, shape: Sequence[int]) -> UInt8[np.ndarray, "h w c"]:
+def read_picture(
+    path: Path, shape: Sequence[int], *, light_on_dark: bool = False
+) -> UInt8[np.ndarray, "h w c"]:
     """Read a picture in any format that Pillow knows, scaled to `(height, width, channels)`.
 
     It is turned as its EXIF data says. Transparent pixels become black if the visible ones are
-    light, and white if they are dark. Values of 16 and 32 bits and floats are scaled to bytes.
+    light, and white if they are dark. Values of 16 and 32 bits and floats are scaled to bytes. With
+    `light_on_dark`, a picture with a light border is inverted, and a line says so.
 
     Raises:
         TrainingError: the file is absent, unreadable, too large or not a picture, or the scale of
@@ -110,7 +113,11 @@ def read_picture(path: Path, shape: Sequence[int]) -> UInt8[np.ndarray, "h w c"]
             f"Cannot read {path} as a picture: {lines[0].rstrip('.') if lines else repr(error)}. "
             "Pass a file that Pillow can read, such as a PNG."
         ) from error
-    return np.asarray(scaled, np.uint8).reshape(height, width, channels)
+    pixels = np.asarray(scaled, np.uint8).reshape(height, width, channels)
+    if light_on_dark and has_light_border(pixels):
+        print(f"{path} is dark on light, and the images of the data set are not: it is inverted")
+        return 255 - pixels
+    return pixels
 
 
 def _scale_to_bytes(image: Image.Image, file_format: str | None) -> Image.Image:
@@ -144,8 +151,8 @@ def _compose(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(background, image)
 
 
-def is_dark_on_light(image: UInt8[np.ndarray, "h w c"]) -> bool:
-    """Whether the border of a picture is light."""
+def has_light_border(image: UInt8[np.ndarray, "h w c"]) -> bool:
+    """Whether the outermost pixels are closer to white than to black."""
     border = np.ones(image.shape, bool)
     border[1:-1, 1:-1] = False
     return bool(image[border].mean() > 127)

@@ -77,6 +77,16 @@ class _Output(io.TextIOWrapper):
 
 
 @contextmanager
+def printing_in_first_process() -> Iterator[None]:
+    """Within the context, the other processes of a run print nothing."""
+    if jax.process_index() == 0:
+        yield
+    else:
+        with open(os.devnull, "w") as silence, redirect_stdout(silence):
+            yield
+
+
+@contextmanager
 def status(text: str) -> Iterator[None]:
     """Show a line within the context; without a terminal, it stays."""
     console = Console(file=sys.stdout)

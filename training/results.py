@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from training import TrainingError
-from training.config import FREE, as_json, read_config
+from training.config import (
+    FREE,
+    Config,
+    as_json,
+    default_folder,
+    read_config,
+    resolve,
+    with_settings_of,
+)
 
 _CONFIG = "config.json"
 _FILES = (_CONFIG, "metrics.jsonl", "curves.png", "checkpoints")
@@ -102,20 +111,20 @@ def find_run(output: Path | None, default: Path) -> Path | None:
         return made[-1] if made and (made[-1] / _CONFIG).exists() else None
 
 
-def require_run(output: Path | None, default: Path) -> Path:
-    """The folder of an earlier run; see `find_run`.
+def read_run(config: Config) -> tuple[Path, Config, dict[str, Any]]:
+    """The folder, the configuration and all settings of an earlier run; see `find_run`.
 
     Raises:
-        TrainingError: there is no run, or see `find_run`.
+        TrainingError: there is no run, or see `find_run` and `with_settings_of`.
     """
-    folder = find_run(output, default)
+    folder = find_run(config.output, default_folder(config, resolve(config)))
     if folder is None:
-        where = "in runs with these settings" if output is None else f"in {output}"
+        where = "in runs with these settings" if config.output is None else f"in {config.output}"
         raise TrainingError(
             f"There must be a run with a checkpoint, but there is none {where}. Pass its folder as "
             "--output, or train first."
         )
-    return folder
+    return folder, *with_settings_of(config, folder / _CONFIG)
 
 
 class Results:
@@ -196,6 +205,10 @@ class Results:
                 self._board.add_scalar(name, value, row["epoch"])
         if time.monotonic() - self._drawn > _SECONDS_BETWEEN_DRAWINGS:
             self._draw()
+
+    def speed(self) -> float:
+        """Images per second, on average over the epochs."""
+        return statistics.harmonic_mean([row["images_per_second"] for row in self.history])
 
     @contextmanager
     def _saving(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from parity_tests.mutants import (
     surgery,
     torch_surgery,
     training,
+    training_faults,
 )
 from parity_tests.mutants.mutant import Mutant, catch
 
@@ -40,6 +41,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *torch_surgery.MUTANTS,
     *models.MUTANTS,
     *training.MUTANTS,
+    *training_faults.MUTANTS,
 )
 EQUIVALENT: tuple[Mutant, ...] = (
     *affine.EQUIVALENT,

@@ -336,8 +336,8 @@ RUNS = (
     ),
     in_resume(
         name="evaluation-with-other-settings",
-        old='config, _ = with_settings_of(config, folder / "config.json")\n    recipe, dataset',
-        new="recipe, dataset",
+        old="folder, config, _ = results.read_run(config)\n    recipe, dataset",
+        new="folder, _, _ = results.read_run(config)\n    recipe, dataset",
         why="A run is evaluated with the network of the command line.",
         hint="test_the_last_and_the_best_checkpoint_are_evaluated",
     ),
