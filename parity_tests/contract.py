@@ -361,7 +361,7 @@ def assert_within(actual, expected, off, name):
     actual = np.asarray(actual, np.longdouble)
     assert actual.shape == expected.shape, f"{name}: {actual.shape}, not {expected.shape}"
     assert np.isfinite(actual).all(), f"{name} is not finite"
-    ratio = np.abs(actual - expected) / off
+    ratio = np.abs(actual - expected) / (off + np.finfo(np.float64).tiny)  # 0 / 0 is 0 here
     worst = np.unravel_index(ratio.argmax(), ratio.shape)
     assert ratio.max() <= 1, (
         f"{name} at {tuple(map(int, worst))}: {actual[worst]}, not {expected[worst]}, "
