@@ -223,7 +223,8 @@ def module_pair(
     with float64_enabled(wide):
         if weights in ("flax", "random"):
             torch.load_state_dict(matched.to_torch(model.variables))
-        if weights == "torch":
+        # A random number is rounded to PyTorch's dtype, which may be the narrower one.
+        if weights in ("torch", "random"):
             model = model._replace(variables=matched.to_flax(torch))
     return ModulePair(model, torch, axes, matcher, matched, weights != "own")
 
