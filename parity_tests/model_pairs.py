@@ -142,7 +142,7 @@ class LinenPositions(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = self.length, self.features
-        return x + self.param("table", nn.initializers.normal(), shape, self.param_dtype)
+        return x + self.param("table", nn.initializers.normal(), shape, self.param_dtype)[None]
 
 
 class LinenModel(nn.Module):
@@ -168,7 +168,7 @@ class NnxPositions(nnx.Module):
         self.table = nnx.Param(jnp.zeros((length, features), param_dtype))
 
     def __call__(self, x):
-        return x + self.table[...]
+        return x + self.table[...][None]
 
 
 def nnx_module(layer: Layer, dtype: Any, param_dtype: Any) -> nnx.Module:

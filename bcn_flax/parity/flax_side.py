@@ -3,6 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -140,11 +141,15 @@ class FlaxModel(NamedTuple):
                 return FlaxTrace({}, called, random[:1], list)
 
         def run() -> list[Snapshot]:
+            arguments = self.variables, list(inputs)
             with float64_enabled(self.wide):
-                compute = traced.lower().compile()
+                compute = traced.lower().compile
                 if self.widened:
-                    compute = jax.jit(widening.widened_program(traced))
-                _, arrays = compute(self.variables, list(inputs))
+                    with suppress(widening.WideningError):
+                        compute = (
+                            jax.jit(widening.widened_program(traced)).lower(*arguments).compile
+                        )
+                _, arrays = compute()(*arguments)
             return [
                 snapshot._replace(arrays=[*map(np.asarray, own)])
                 for snapshot, own in zip(taken, arrays, strict=True)

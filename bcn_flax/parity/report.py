@@ -133,8 +133,10 @@ def _evidence(rows: Sequence[Row]) -> Iterator[str]:
     """How much of the allowed error is used, for each pair of implementations."""
     for (actual, expected), group in _by_implementations(rows).items():
         row = max(group, key=lambda row: row.worst.error)
-        share = f"{_share(row.worst.error)} of the allowed error, in {row.phase}, {row.name}"
-        yield f"  {actual}, against {expected}: at most {share if row.worst.error else 'exact'}."
+        share = (
+            f"at most {_share(row.worst.error)} of the allowed error, in {row.phase}, {row.name}"
+        )
+        yield f"  {actual}, against {expected}: {share if row.worst.error else 'exact'}."
         near = row.worst.error > _NEAR and row.tolerance is None
         if near:
             yield "    That is unusually much. Look at the places where the error is largest."

@@ -7,8 +7,8 @@ program, `evaluate` runs in float64: every value that is declared as a narrower 
 float64, and casts between them do nothing. In PyTorch, `torch_side.widening` replaces the dtypes in
 calls of functions. Both libraries and the caller's modules are left unchanged.
 
-A constant in the program has been rounded already. If it is the rounding of a decimal number of few
-digits, such as 1e-5, that number is used; see `is_rounded` for the others.
+A constant in the program has been rounded already: the shortest decimal number that is rounded to
+it is used, such as 1e-5. Others, such as the root of 2 in float32, remain rounded.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import linen as nn
 from flax import nnx
@@ -176,26 +175,11 @@ def _as_declared(x: Any, aval: Any) -> Any:
 
 
 def _wide_literal(x: Any) -> Any:
-    return np.float64(_decimal(x)[0]) if is_narrow(x.aval.dtype) else x.val
+    return np.float64(_decimal(x)) if is_narrow(x.aval.dtype) else x.val
 
 
-def _decimal(literal: Any) -> tuple[float, int]:
-    """The shortest decimal number that is rounded to a literal, and the number of its digits."""
+def _decimal(literal: Any) -> float:
+    """The shortest decimal number that is rounded to a literal."""
     value, of_type = float(literal.val), literal.aval.dtype.type
-    for digits in range(1, 10):
-        decimal = float(f"{value:.{digits}g}")
-        if float(of_type(decimal)) == value:
-            return decimal, digits
-    return value, 0
-
-
-def is_rounded(literal: Any) -> bool:
-    """Whether a constant of a narrower type stands for a number that cannot be told from it.
-
-    If it has as few digits as that type represents faithfully, it stands for this decimal.
-    """
-    if not is_narrow(literal.aval.dtype) or not np.isfinite(literal.val):
-        return False
-    decimal, digits = _decimal(literal)
-    precise = int(ml_dtypes.finfo(literal.aval.dtype).precision)
-    return decimal != float(literal.val) and digits > precise
+    decimals = (float(f"{value:.{digits}g}") for digits in range(1, 10))
+    return next((decimal for decimal in decimals if float(of_type(decimal)) == value), value)
