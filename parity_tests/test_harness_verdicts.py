@@ -216,7 +216,7 @@ def test_without_float64_a_comparison_is_inconclusive_and_says_what_is_missing()
     assert (
         "There is no comparison in float64, which tells other formulas from roundings, because "
         "Flax's only_float32 cannot be computed in float64: it takes float32, not float64. Replace "
-        "that operation, or pass an `oracle`, which computes the expected values in float64."
+        "that in the module, or pass an `oracle`, which computes the expected values in float64."
     ) in message
     assert "agree" not in message
     with pytest.raises(AssertionError, match=r"(?s)^Inconclusive: .*allow_inconclusive=True"):

@@ -54,6 +54,8 @@ FUNCTIONS = {
     "a whole number": lambda x, dtype: x[0].astype(dtype) * jnp.arange(5) / 7,
     "numbers in order": lambda x, dtype: x[0] * jnp.linspace(0, 0.7, 5, dtype=dtype),
     "softmax": lambda x, dtype: jax.nn.softmax(x.astype(dtype)),
+    "GELU": lambda x, dtype: jax.nn.gelu(x.astype(dtype), approximate=False),
+    "tanh GELU": lambda x, dtype: jax.nn.gelu(x.astype(dtype)),
     "relu": lambda x, dtype: jax.nn.relu(x.astype(dtype) - 0.1) / 3,
     "a gradient of one's own": lambda x, dtype: doubled(x, dtype) / 3,
     "a matrix product": lambda x, dtype: jnp.matmul(x, x, preferred_element_type=dtype),
@@ -140,9 +142,26 @@ def constant(value, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("value", [1e-5, 0.1, 3.0, 0.044, -0.5])
+@pytest.mark.parametrize("value", [1e-5, 0.1, 3.0, 0.044, -0.375, 255.0, 0.0, np.inf])
 def test_a_decimal_constant_is_not_rounded(value, dtype):
     assert constant(value, dtype) == value
+
+
+@pytest.mark.parametrize("value", [2**0.5, (2 / np.pi) ** 0.5, -np.pi / 3, 1 / 7, np.log(2)])
+def test_a_constant_of_a_formula_is_not_rounded(value):
+    assert constant(value, jnp.float32) == pytest.approx(value, rel=1e-15)
+
+
+def test_any_other_constant_stays_as_it_is():
+    assert constant(0.12345678, jnp.float32) == float(np.float32(0.12345678))
+
+
+def test_a_constant_of_half_precision_that_may_be_many_numbers_is_refused():
+    message = (
+        r"^constant 0.796875 has been rounded to bfloat16, and what it was before is not known"
+    )
+    with pytest.raises(widening.WideningError, match=message):
+        constant((2 / np.pi) ** 0.5, jnp.bfloat16)
 
 
 class Inner(nn.Module):

@@ -29,7 +29,7 @@ _NO_FLOAT64 = (
     "There is no comparison in float64, which tells other formulas from roundings, because Flax's"
 )
 _CONCLUSIVE = (
-    "Replace that operation, or pass an `oracle`, which computes the expected values in float64."
+    "Replace that in the module, or pass an `oracle`, which computes the expected values in float64."
 )
 _DETERMINISTIC = (
     "Modules must be deterministic, apart from layers of dropout, since the two sides cannot draw "

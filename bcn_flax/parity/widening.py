@@ -7,8 +7,8 @@ program, `evaluate` runs in float64: every value that is declared as a narrower 
 float64, and casts between them do nothing. In PyTorch, `torch_side.widening` replaces the dtypes in
 calls of functions. Both libraries and the caller's modules are left unchanged.
 
-A constant in the program has been rounded already: the shortest decimal number that is rounded to
-it is used, such as 1e-5. Others, such as the root of 2 in float32, remain rounded.
+A constant in the program has been rounded already. Any number that is rounded to it may be meant: a
+decimal number of few digits, such as 1e-5, a fraction, a root, or a logarithm is taken.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import linen as nn
 from flax import nnx
@@ -175,11 +176,39 @@ def _as_declared(x: Any, aval: Any) -> Any:
 
 
 def _wide_literal(x: Any) -> Any:
-    return np.float64(_decimal(x)) if is_narrow(x.aval.dtype) else x.val
+    dtype = x.aval.dtype
+    return np.float64(_meant(float(x.val), dtype)) if is_narrow(dtype) else x.val
 
 
-def _decimal(literal: Any) -> float:
-    """The shortest decimal number that is rounded to a literal."""
-    value, of_type = float(literal.val), literal.aval.dtype.type
-    decimals = (float(f"{value:.{digits}g}") for digits in range(1, 10))
-    return next((decimal for decimal in decimals if float(of_type(decimal)) == value), value)
+def _meant(value: float, dtype: Any) -> float:
+    """The number that a constant of a narrower type stands for.
+
+    Raises:
+        WideningError: too many numbers are rounded to it, as its type has few digits.
+    """
+    digits = int(ml_dtypes.finfo(dtype).precision)
+    decimal = float(f"{value:.{digits}g}")
+    simple = float(np.copysign(_SIMPLE[np.abs(_SIMPLE - abs(value)).argmin()], value))
+    if float(dtype.type(decimal)) == value:
+        return decimal
+    if value == simple or value.is_integer() or not np.isfinite(value):
+        return value
+    if np.dtype(dtype) != np.float32:
+        raise WideningError(
+            f"constant {value:g} has been rounded to {dtype}, and what it was before is not known"
+        )
+    return simple if float(dtype.type(simple)) == value else value
+
+
+_FRACTIONS = np.divide.outer(np.arange(1.0, 17), np.arange(1.0, 17)).ravel()
+# The positive numbers of which formulas are made, such as those of a GELU and its derivative.
+_SIMPLE = np.concatenate(
+    [
+        _FRACTIONS,
+        np.pi * _FRACTIONS,
+        np.sqrt(_FRACTIONS),
+        np.sqrt(np.pi * _FRACTIONS),
+        np.sqrt(_FRACTIONS / np.pi),
+        np.abs(np.log(_FRACTIONS)),
+    ]
+)

@@ -18,6 +18,7 @@ from parity_tests.mutants import (
     layers,
     models,
     norms,
+    parity,
     passes,
     pytorch,
     surgery,
@@ -42,6 +43,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *models.MUTANTS,
     *training.MUTANTS,
     *training_faults.MUTANTS,
+    *parity.MUTANTS,
 )
 EQUIVALENT: tuple[Mutant, ...] = (
     *affine.EQUIVALENT,
