@@ -13,6 +13,13 @@ parameters after each step of an optimizer; in evaluation, in training, and in e
 eager and jitted. Layers of dropout have the same masks on both sides. `compare` does the same and
 returns the `Comparison`, which prints as a report, and as data with `to_json`.
 
+There are three verdicts. "equal": no array differs by more than is allowed, in the modules' own
+precision and in float64, which tells other formulas from roundings. "different": one does.
+"inconclusive": none does, but a difference might not have been seen, because the modules cannot be
+computed in float64, an allowed error is as large as the values, or every output is 0; the report
+says what to do. In float64 both modules compute everything, whatever their `dtype`s and casts say
+(`bcn_flax.parity.widening`), so that a difference is found that float32 or fresh weights hide.
+
 How to read the report: the first difference comes first and explains the later ones. The table has
 the largest error of each quantity: absolute, relative, in units in the last place, and as a share
 of the allowed error. That follows from the dtype, the number of terms, and how the model amplifies

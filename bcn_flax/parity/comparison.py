@@ -29,7 +29,8 @@ _NO_FLOAT64 = (
     "There is no comparison in float64, which tells other formulas from roundings, because Flax's"
 )
 _CONCLUSIVE = (
-    "Replace that in the module, or pass an `oracle`, which computes the expected values in float64."
+    "Replace that in the module, or pass an `oracle`, which computes the expected values in "
+    "float64."
 )
 _DETERMINISTIC = (
     "Modules must be deterministic, apart from layers of dropout, since the two sides cannot draw "
@@ -108,9 +109,10 @@ def compare(
     amplifies rounding errors: see `bcn_flax.parity.errors`. Values that are not finite must be the
     same, at the same places.
 
-    The same comparison is made of both modules in float64. If they agree there, float64 is the
-    reference that tells which side is less accurate in the precision at hand. If they do not, they
-    compute different things, and no tolerance will help.
+    The same comparison is made of both modules in float64, whatever their `dtype`s and casts say.
+    If they agree there, float64 is the reference that tells which side is less accurate in the
+    precision at hand. If they do not, they compute different things, and no tolerance will help. If
+    there is no such comparison, the verdict is "inconclusive" unless an `oracle` takes its place.
 
     Args:
         flax_module: of linen or NNX.

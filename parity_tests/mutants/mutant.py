@@ -54,11 +54,12 @@ class Mutant(NamedTuple):
 
     @property
     def side(self) -> str:
-        """Which of "Flax", "PyTorch", "interop" and "training" it breaks."""
+        """Which of "Flax", "PyTorch", "interop", "parity" and "training" it breaks."""
         if self.file.startswith("train"):
             return "training"
-        if "/interop/" in self.file:
-            return "interop"
+        for part in ("interop", "parity"):
+            if f"/{part}/" in self.file:
+                return part
         return "PyTorch" if self.file.startswith("bcn_torch/") else "Flax"
 
     def apply(self, source: str) -> str:
