@@ -66,6 +66,16 @@ def test_dropout_gets_the_same_masks_on_both_sides(flax_module, options):
     assert_parity(flax_module, TorchDropout(), IMAGES, **options)
 
 
+class ImageDropout(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dropout(0.5)(x, deterministic=not train)
+
+
+def test_dropout_of_images_drops_the_same_values():
+    assert_parity(ImageDropout(), torch.nn.Dropout(0.5), IMAGES, **ONE_STEP)
+
+
 def test_differences_after_dropout_are_found_in_training():
     after = TorchDropout(function=lambda x: torch.tanh(1.001 * x))
     after.function = lambda x: torch.tanh(1.001 * x) if after.training else torch.tanh(x)

@@ -87,7 +87,7 @@ INPUTS = {
     "one keyword argument": Inputs(masked, {"x": VECTORS}, ["x"]),
     "None and a number": Inputs(masked, {"x": VECTORS, "mask": None, "scale": 0.5}, ["x"]),
     "another name in PyTorch": Inputs(
-        lambda out, **arrays: out(arrays.get("x", arrays.get("y"))),
+        lambda out, **arrays: out(arrays["y" if isinstance(out, torch.nn.Module) else "x"]),
         {"x": VECTORS},
         ["x"],
         {**EVALUATION, "torch_names": {"x": "y"}},

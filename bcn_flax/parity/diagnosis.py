@@ -204,10 +204,7 @@ def _different_limits(
         return
     ratios = torch.limit / flax.limit
     ratio, near = float(np.median(ratios)), max(flax.near, torch.near)
-    # The ratio must be the same for all channels, and so be no rounding.
-    if np.ptp(ratios) > near * ratio or np.ptp(ratios) > abs(ratio - 1) / 10:
-        return
-    if math.isclose(ratio, 1, rel_tol=near / 100):
+    if np.ptp(ratios) > near * ratio or math.isclose(ratio, 1, rel_tol=near / 100):
         return
     values = 1 / (1 - min(ratio, 1 / ratio))
     count = counts.get(path.rpartition("/")[0], round(values))

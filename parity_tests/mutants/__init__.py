@@ -13,6 +13,7 @@ from parity_tests.mutants import (
     affine,
     conversion,
     convolution,
+    diagnosis,
     interop,
     kernels,
     layers,
@@ -44,6 +45,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *training.MUTANTS,
     *training_faults.MUTANTS,
     *parity.MUTANTS,
+    *diagnosis.MUTANTS,
 )
 EQUIVALENT: tuple[Mutant, ...] = (
     *affine.EQUIVALENT,
