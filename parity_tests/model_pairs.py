@@ -269,7 +269,7 @@ def torch_model(layers: Layers) -> Any:
         "gelu_tanh": partial(functional.gelu, approximate="tanh"),
         "leaky_relu": partial(functional.leaky_relu, negative_slope=0.2),
         # By default PyTorch's is x from 20 on, which is off by 2e-9 there, as float64 shows.
-        "softplus": partial(functional.softplus, threshold=1000),
+        "softplus": partial(functional.softplus, threshold=40),
         "tanh": torch.tanh,
         "sigmoid": torch.sigmoid,
     }

@@ -233,7 +233,8 @@ class Perturbation:
             if not is_floating(x):
                 return x
             exact = x == x.to(torch.float32)
-            return x if exact.all() else torch.where(exact, x, self(x))
+            # Twice: Flax has operations of its own in the place of these.
+            return x if exact.all() else torch.where(exact, x, self(x, times=2.0))
 
         class Perturbing(TorchDispatchMode):
             def __torch_dispatch__(
