@@ -1,5 +1,6 @@
 """How every test runs: with strict ranks, a float64 fixture, and eight devices."""
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -51,6 +52,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     expression = config.option.markexpr
     without_torch = "torch" in needs and "not torch" in expression
     return without_torch or ("accelerators" in needs and expression != "accelerators") or None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """Do not look again at what earlier files left, whenever folding in PyTorch collects garbage.
+
+    In a process that has compiled thousands of programs, each collection takes a second.
+    """
+    gc.freeze()
 
 
 @pytest.fixture

@@ -171,7 +171,10 @@ def test_standardized_kernels_lie_where_their_channels_do():
     assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (jnp.float16, jnp.float32))],
+)
 def test_types_may_be_mixed_however_strict_jax_is(dtype):
     """Narrow inputs and float32 parameters; there Flax's norms raise."""
     x = data((2, 4, 4, 8)).astype(dtype)
