@@ -5,6 +5,8 @@ import os
 import random
 import resource
 import shutil
+import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import training.checkpoints
 from training import TrainingError
 from training.checkpoints import Checkpoints
 
@@ -474,6 +477,33 @@ def test_a_full_disk_costs_only_what_was_to_be_saved(tmp_path, full_disk, saves,
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_disk_that_fills_up_while_orbax_writes_is_reported_in_a_line(
+    tmp_path, full_disk, monkeypatch, capfd
+):
+    fill, clear = full_disk
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # a failure leaves another
+
+    def make_room(folder, size):
+        folder.mkdir()
+        fill()
+
+    rng = np.random.default_rng(0)
+    large = {f"x{number}": rng.standard_normal(10**5) for number in range(20)}
+    with Checkpoints(saved(tmp_path)) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(training.checkpoints, "_make_room", make_room)
+            assert message(checkpoints.save, 3, large, {}) == (
+                f"Cannot write checkpoints to {tmp_path}: File too large. The last good checkpoint "
+                f"is kept: {tmp_path}/save_1 (step 2). Check the free space and the permissions of "
+                "the folder, then start again."
+            )
+        clear()
+        time.sleep(0.2)  # threads go on writing
+        assert capfd.readouterr() == ("", "")
+        assert_is(checkpoints.latest(state_after(0)), 2)
+        save(checkpoints, 3)
+
+
 def test_nothing_is_lost_if_orbax_cannot_write(tmp_path, monkeypatch):
     def fail(self, path, args):
         (path / "half of it").mkdir(parents=True)
@@ -481,6 +511,7 @@ def test_nothing_is_lost_if_orbax_cannot_write(tmp_path, monkeypatch):
 
     with Checkpoints(saved(tmp_path)) as checkpoints:
         with monkeypatch.context() as patch:
+            patch.setattr(sys, "unraisablehook", sys.unraisablehook)
             patch.setattr(ocp.Checkpointer, "save", fail)
             assert message(save, checkpoints, 3) == (
                 f"Cannot write checkpoints to {tmp_path}: RESOURCE_EXHAUSTED: No space left on "

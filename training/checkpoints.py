@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -164,7 +165,10 @@ class Checkpoints:
         on_first(partial(_make_room, saving, sum(array.nbytes for array in arrays.values())))
         # Orbax takes no empty arrays; their types say everything.
         filled = {path: array for path, array in arrays.items() if array.size}
+        # If it fails, threads that are still writing report to a loop that is closed, even later.
+        hook, sys.unraisablehook = sys.unraisablehook, _report_unless_loop_is_closed
         self._checkpointer.save(saving / "state", args=ocp.args.StandardSave(filled))
+        sys.unraisablehook = hook
         on_first(partial(_commit, saving, self._path(number), record))
 
     def _delete_old(self) -> None:
@@ -402,9 +406,17 @@ def _attempt(read: Callable[[], T]) -> tuple[T | None, str]:
     return (result if all_agree(result is not None) else None), damage
 
 
+def _report_unless_loop_is_closed(report: "sys.UnraisableHookArgs") -> None:
+    if str(report.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(report)
+
+
 def _brief(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    if number := re.search(r"os_error_code='(\d+)'", text):  # in a page of TensorStore's
+        return os.strerror(int(number[1]))
+    first = text.partition(" [tensorstore_spec")[0].partition("\n")[0]
+    return first.rstrip(".") or type(error).__name__
 
 
 def _require_same_types(

@@ -79,11 +79,12 @@ def connect(
         _join(coordinator, num_processes, process_id)
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter says nothing
         platforms = jax.config.values["jax_platforms"]
+        reason = " ".join(str(error).split()) or "none of the platforms is installed."
         raise TrainingError(
-            f"JAX finds no devices: {' '.join(str(error).split())} Set JAX_PLATFORMS, which is "
-            f"{platforms}, to cpu, cuda or tpu, or unset it."
+            f"JAX finds no devices: {reason} Set JAX_PLATFORMS, which is {platforms}, to cpu, cuda "
+            "or tpu, or unset it."
         ) from error
 
 
