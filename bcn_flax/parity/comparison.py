@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,13 @@ from jax.typing import DTypeLike
 from bcn_flax import interop
 from bcn_flax.interop import Names, Rules
 from bcn_flax.interop.layers import Transposed
+from bcn_flax.interop.layouts import Array
 from bcn_flax.parity import judging
 from bcn_flax.parity.diagnosis import different_settings, explanations
 from bcn_flax.parity.errors import Tolerance
 from bcn_flax.parity.flax_side import Call, Module
 from bcn_flax.parity.judging import Inputs, Oracle
-from bcn_flax.parity.pair import Probe, Weights, module_pair
+from bcn_flax.parity.pair import ModulePair, Probe, Weights, module_pair
 from bcn_flax.parity.protocol import Optimizer, module_name, sgd
 from bcn_flax.parity.report import Comparison
 from bcn_flax.parity.torch_side import AXES, Axes, AxisOrder
@@ -172,8 +174,7 @@ def compare(
         ),
         rng=rng,
     )
-    wide = native.in_float64()
-    probe = wide.probe(first, train=len(plan) > 1)
+    wide, probe = _probed_in_float64(native, first, train=len(plan) > 1)
     _refuse_random_numbers(probe)
     _require_comparable_outputs(probe)
     precisions = judging.find_precisions(native, plan, precision)
@@ -218,6 +219,18 @@ def compare(
         tuple(missing),
         time.perf_counter() - started,
     )
+
+
+def _probed_in_float64(
+    native: ModulePair, inputs: Sequence[Array], *, train: bool
+) -> tuple[ModulePair, Probe]:
+    """The pair in float64, and what it is and does."""
+    wide = native.in_float64()
+    # A module may accept no other dtype than its own. Every other error comes again.
+    with suppress(Exception):
+        return wide, wide.probe(inputs, train=train)
+    wide = native.in_float64(own_dtypes=True)
+    return wide, wide.probe(inputs, train=train)
 
 
 def _require_modules(flax_module: Any, torch_module: Any) -> None:

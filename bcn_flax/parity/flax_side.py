@@ -85,8 +85,11 @@ class FlaxModel(NamedTuple):
         """The parameters and statistics."""
         return jax.tree.leaves(self.variables)
 
-    def in_float64(self) -> "FlaxModel":
-        """The same module and variables, computed in float64 whatever the module narrows."""
+    def in_float64(self, *, own_dtypes: bool = False) -> "FlaxModel":
+        """The same module and variables, computed in float64 whatever the module narrows.
+
+        With `own_dtypes`, modules keep their `dtype`, because one accepts no other.
+        """
         model = flax_model(
             self.module,
             self.variables,
@@ -96,9 +99,12 @@ class FlaxModel(NamedTuple):
             wide=True,
             masks=self.masks,
         )
+        model = model._replace(widened=True)
+        if own_dtypes:
+            return model
         if isinstance(model.module, nnx.Module):
             widening.set_wide_dtypes(model.module)
-        return model._replace(forward=widening.wide_dtypes(model.forward), widened=True)
+        return model._replace(forward=widening.wide_dtypes(model.forward))
 
     def randomized(self, rng: np.random.Generator) -> "FlaxModel":
         """The same module with different values for all parameters and statistics.

@@ -105,11 +105,14 @@ class ModulePair(NamedTuple):
     match: Match
     same_weights: bool = True
 
-    def in_float64(self) -> "ModulePair":
-        """The same modules and weights in float64."""
+    def in_float64(self, *, own_dtypes: bool = False) -> "ModulePair":
+        """The same modules and weights in float64; see `FlaxModel.in_float64`."""
         if self.flax.wide:
             return self
-        flax, torch = self.flax.in_float64(), copy.deepcopy(self.torch).double()
+        flax, torch = (
+            self.flax.in_float64(own_dtypes=own_dtypes),
+            copy.deepcopy(self.torch).double(),
+        )
         matched = _matched(flax, torch, self.matcher)
         if self.same_weights:
             # A sum of PyTorch's biases, for example, has been rounded in Flax's variables.
