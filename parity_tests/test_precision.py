@@ -120,3 +120,11 @@ def test_float32_stays_float32_where_float64_is_enabled(x64):
     step = jax.make_jaxpr(lambda v, x: layer.apply(v, x, mutable=["batch_stats"]))
     assert "f64[2,4,4,8]" not in str(step(variables, x))
     assert "f32[2,4,4,8]" in str(step(variables, x))
+
+
+def test_a_large_mean_that_all_channels_share_costs_a_channel_norm_nothing():
+    """All values are exact in float32, so the large mean has rounded none of them."""
+    z = np.round(16 * data((2, 4, 4, 16), 0)) / 16
+    y, _ = ChannelNorm(4).init_with_output(jax.random.key(0), z + np.float32(8192))
+    expected = oracle.ChannelNorm(4).forward(z.astype(np.float64))
+    assert_close(y, expected, ulps=BOUND, dtype=np.float32, scale=np.abs(expected).max())
