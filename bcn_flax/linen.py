@@ -19,10 +19,23 @@ from bcn_flax import checks, norms
 from bcn_flax.affine import Affine, Moments, followed_by
 from bcn_flax.norms import RunningVariance
 from bcn_flax.passes import promote
-from bcn_flax.weight_standardization import Standardization, standardize_kernel
+from bcn_flax.weight_standardization import (
+    Standardization,
+    require_standardization,
+    standardize_kernel,
+)
 
 
-class _WithRunningAverages(nn.Module):
+class _Norm(nn.Module):
+    """Base of the normalization layers: checks the arguments."""
+
+    def __post_init__(self) -> None:
+        for name, value in norms.require_arguments(vars(self)).items():
+            setattr(self, name, value)
+        super().__post_init__()
+
+
+class _WithRunningAverages(_Norm):
     """Base of the layers with running averages: the arguments of `nn.BatchNorm` and the call."""
 
     use_running_average: bool | None = None
@@ -160,7 +173,7 @@ class EstimatedBatchNorm(BatchNorm):
     estimate: ClassVar[bool] = True
 
 
-class ChannelNorm(nn.Module):
+class ChannelNorm(_Norm):
     """Normalize each group of channels of each sample, with one scale and bias per group.
 
         y = scale * (x - mean) / sqrt(var + epsilon) + bias
@@ -314,6 +327,10 @@ class _StandardizedKernel(nn.Module):
     """Standardize the parameter `kernel` at each use. The raw kernel is stored and trained."""
 
     standardization: Standardization = Standardization()
+
+    def __post_init__(self) -> None:
+        self.standardization = require_standardization(self.standardization)
+        super().__post_init__()
 
     @nn.nowrap
     def param(self, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ The docstrings describe what is different in NNX; those of `bcn_flax.linen` have
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,45 @@ from bcn_flax import checks, norms
 from bcn_flax.affine import Affine, Moments, followed_by
 from bcn_flax.norms import RunningVariance
 from bcn_flax.passes import promote
-from bcn_flax.weight_standardization import Standardization, require_fan_in, standardize_kernel
+from bcn_flax.weight_standardization import (
+    Standardization,
+    require_fan_in,
+    require_standardization,
+    standardize_kernel,
+)
 
 _NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 
 
 class _Norm(nnx.Module):
     """Base of the normalization layers."""
+
+    num_features: int
+    axis: int
+    epsilon: Any
+    dtype: Dtype | None
+    param_dtype: Dtype
+    use_bias: bool
+    use_scale: bool
+
+    def _set(self, **arguments: Any) -> None:
+        """Set the attributes of these names, checked."""
+        for name, value in norms.require_arguments(arguments).items():
+            # A number that is traced is part of the module's state.
+            setattr(self, name, nnx.data(value) if isinstance(value, jax.core.Tracer) else value)
+
+    def _parameter(
+        self,
+        name: str,
+        init: Initializer,
+        shape: tuple[int, ...],
+        metadata: Mapping[str, Any],
+        rngs: nnx.Rngs,
+    ) -> nnx.Param[Array] | None:
+        checks.require_callable(f"{name}_init", init)
+        if not getattr(self, f"use_{name}"):
+            return nnx.data(None)  # data, so that a parameter can replace it later
+        return nnx.Param(init(rngs.params(), shape, self.param_dtype), **metadata)
 
     @property
     def affine(self) -> Callable[..., Affine]:
@@ -46,14 +78,12 @@ class _Norm(nnx.Module):
 class _WithRunningAverages(_Norm):
     """Base of the layers with running averages: the call and the view."""
 
-    num_features: int
+    momentum: Any
+    axis_name: str | None
+    axis_index_groups: Sequence[Sequence[int]] | None
+    running_variance: RunningVariance
     use_running_average: bool | None
     update_stats: bool | None
-    axis: int
-    dtype: Dtype | None
-    param_dtype: Dtype
-    use_bias: bool
-    use_scale: bool
 
     def __call__(
         self,
@@ -85,9 +115,9 @@ class _WithRunningAverages(_Norm):
           update_stats: whether a call updates the running averages.
         """
         if use_running_average is not None:
-            self.use_running_average = use_running_average
+            self._set(use_running_average=use_running_average)
         if update_stats is not None:
-            self.update_stats = update_stats
+            self._set(update_stats=update_stats)
 
 
 class BatchNorm(_WithRunningAverages):
@@ -155,27 +185,26 @@ class BatchNorm(_WithRunningAverages):
         Raises:
             ValueError: an argument is out of its range.
         """
-        checks.require_one_of("running_variance", running_variance, get_args(RunningVariance))
-        self.num_features = num_features
-        self.use_running_average = use_running_average
-        self.axis = axis
-        self.momentum = _number(checks.require_momentum(momentum))
-        self.epsilon = _number(checks.require_epsilon(epsilon))
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
-        self.axis_name = axis_name
-        # The static attributes of an NNX module must be hashable.
-        groups = axis_index_groups
-        self.axis_index_groups = None if groups is None else tuple(map(tuple, groups))
-        self.running_variance = running_variance
-        self.update_stats = update_stats
-        shape, stats_dtype = (num_features,), promote(param_dtype, jnp.float32)
+        self.num_features = checks.require_count("num_features", num_features)
+        self._set(
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            running_variance=running_variance,
+            update_stats=update_stats,
+        )
+        shape, stats_dtype = (self.num_features,), promote(param_dtype, jnp.float32)
         self.mean = nnx.BatchStat(jnp.zeros(shape, stats_dtype))
         self.var = nnx.BatchStat(jnp.ones(shape, stats_dtype))
-        self.scale = _parameter(use_scale, scale_init, shape, param_dtype, scale_metadata, rngs)
-        self.bias = _parameter(use_bias, bias_init, shape, param_dtype, bias_metadata, rngs)
+        self.scale = self._parameter("scale", scale_init, shape, scale_metadata, rngs)
+        self.bias = self._parameter("bias", bias_init, shape, bias_metadata, rngs)
 
     def _affine(self, m: Moments, use_running_average: bool, update_stats: bool) -> Affine:
         """The map for an input with moments `m`; `update_stats` updates the running averages."""
@@ -262,17 +291,19 @@ class ChannelNorm(_Norm):
         Raises:
             ValueError: epsilon is out of its range, or the groups do not divide the channels.
         """
-        self.num_features = num_features
-        self.num_groups = checks.require_group_count(num_features, num_groups, group_size)
-        self.axis = axis
-        self.epsilon = _number(checks.require_epsilon(epsilon))
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
+        self.num_features = checks.require_count("num_features", num_features)
+        self.num_groups = checks.require_group_count(self.num_features, num_groups, group_size)
+        self._set(
+            axis=axis,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+        )
         shape = (self.num_groups,)
-        self.scale = _parameter(use_scale, scale_init, shape, param_dtype, scale_metadata, rngs)
-        self.bias = _parameter(use_bias, bias_init, shape, param_dtype, bias_metadata, rngs)
+        self.scale = self._parameter("scale", scale_init, shape, scale_metadata, rngs)
+        self.bias = self._parameter("bias", bias_init, shape, bias_metadata, rngs)
 
     def __call__(
         self, x: Float[Array, "n *space c"], *, mask: Bool[Array, "..."] | None = None
@@ -366,12 +397,12 @@ class BatchChannelNorm(_WithRunningAverages):
         Raises:
             ValueError: an argument is out of its range, or the groups do not divide the channels.
         """
-        self.num_features = num_features
-        self.axis = axis
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
+        self.num_features = checks.require_count("num_features", num_features)
+        self._set(
+            axis=axis, dtype=dtype, param_dtype=param_dtype, use_bias=use_bias, use_scale=use_scale
+        )
+        batch_epsilon = checks.or_none(checks.require_epsilon)("batch_epsilon", batch_epsilon)
+        estimate = checks.require_flag("estimate", estimate)
         shared: dict[str, Any] = {
             "axis": axis,
             "param_dtype": param_dtype,
@@ -390,8 +421,8 @@ class BatchChannelNorm(_WithRunningAverages):
             axis_index_groups=axis_index_groups,
             running_variance=running_variance,
             update_stats=update_stats,
-            bias_init=_with_metadata_of(bias_init, initializers.zeros),
-            scale_init=_with_metadata_of(scale_init, initializers.ones),
+            bias_init=_with_metadata_of("bias_init", bias_init, initializers.zeros),
+            scale_init=_with_metadata_of("scale_init", scale_init, initializers.ones),
             **shared,
         )
         self.channel_norm = ChannelNorm(
@@ -405,8 +436,7 @@ class BatchChannelNorm(_WithRunningAverages):
         )
         # NNX may record the name of a property at its first assignment. Recorded here, a switch to
         # evaluation and back gives the same graphdef, and nothing is compiled again.
-        self.use_running_average = use_running_average
-        self.update_stats = update_stats
+        self._set(use_running_average=use_running_average, update_stats=update_stats)
 
     @property
     def use_running_average(self) -> bool | None:
@@ -447,14 +477,12 @@ class _StandardizedKernel(nnx.Module):
         **kwargs: Any,
     ) -> None:
         """Take the arguments of the Flax layer, and `standardization`."""
+        self.standardization = how = require_standardization(standardization)
         super().__init__(*args, **kwargs)
-        self.standardization = standardization
         raw = self.kernel[...]
         require_fan_in(raw.shape, self._out_axis)
         shape = (raw.shape[self._out_axis],)
-        self.gain = (
-            nnx.Param(jnp.ones(shape, raw.dtype)) if standardization.gain else nnx.data(None)
-        )
+        self.gain = nnx.Param(jnp.ones(shape, raw.dtype)) if how.gain else nnx.data(None)
 
     @property
     def promote_dtype(self) -> PromoteDtypeFn:
@@ -512,8 +540,9 @@ class WSDense(_StandardizedKernel, nnx.Linear):
     """`flax.nnx.Linear` with weight standardization, as `WSConv`."""
 
 
-def _with_metadata_of(init: Initializer, constant: Initializer) -> Initializer:
+def _with_metadata_of(name: str, init: Initializer, constant: Initializer) -> Initializer:
     """`constant`, with the metadata of `init`, for example of `nnx.with_partitioning`."""
+    checks.require_callable(name, init)
 
     def initialize(*args: Any) -> Any:
         given, value = init(*args), constant(*args)
@@ -522,24 +551,6 @@ def _with_metadata_of(init: Initializer, constant: Initializer) -> Initializer:
         return value
 
     return initialize
-
-
-def _number(value: Any) -> Any:
-    """A number as an attribute: if it is traced, part of the module's state."""
-    return nnx.data(value) if isinstance(value, jax.core.Tracer) else value
-
-
-def _parameter(
-    wanted: bool,
-    init: Initializer,
-    shape: tuple[int, ...],
-    dtype: Dtype,
-    metadata: Mapping[str, Any],
-    rngs: nnx.Rngs,
-) -> nnx.Param[Array] | None:
-    if not wanted:
-        return nnx.data(None)  # data, so that a parameter can replace it later
-    return nnx.Param(init(rngs.params(), shape, dtype), **metadata)
 
 
 def _learned(norm: BatchNorm | ChannelNorm, size: int) -> Affine:

@@ -5,9 +5,8 @@ with: those of the batch, the updated running averages, or the stored running av
 """
 
 import math
-import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
@@ -45,19 +44,50 @@ class Layer(Protocol):
     use_bias: bool
 
 
-def normalize(
-    layer: Layer, x: ArrayLike, mask: ArrayLike | None, to_affine: Callable[[Moments], Affine]
-) -> Array:
+_RULES: Mapping[str, checks.Rule] = {
+    "use_running_average": checks.or_none(checks.require_flag),
+    "axis": checks.require_axis,
+    "momentum": checks.require_momentum,
+    "epsilon": checks.require_epsilon,
+    "batch_epsilon": checks.or_none(checks.require_epsilon),
+    "dtype": checks.or_none(checks.require_float_dtype),
+    "param_dtype": checks.require_float_dtype,
+    "use_bias": checks.require_flag,
+    "use_scale": checks.require_flag,
+    "bias_init": checks.require_callable,
+    "scale_init": checks.require_callable,
+    "axis_name": checks.or_none(checks.require_axis_name),
+    "axis_index_groups": checks.or_none(checks.require_device_groups),
+    "running_variance": partial(checks.require_one_of, names=get_args(RunningVariance)),
+    "update_stats": checks.or_none(checks.require_flag),
+    "num_groups": checks.or_none(checks.require_integer),
+    "group_size": checks.or_none(checks.require_integer),
+    "estimate": checks.require_flag,
+}
+
+
+def require_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer that have a rule, as Python numbers if they are numbers.
+
+    Raises:
+        ValueError: an argument is of another type, or out of its range.
+    """
+    return {name: rule(name, arguments[name]) for name, rule in _RULES.items() if name in arguments}
+
+
+def normalize(layer: Layer, x: Any, mask: Any, to_affine: Callable[[Moments], Affine]) -> Array:
     """Call a layer: check the input, measure it, and apply the map that its moments give.
 
     Raises:
         ValueError: the input or its mask cannot be normalized.
     """
-    x = jnp.asarray(x)
-    axis = _require_input(x, layer.axis)
+    x = checks.as_array("input", x)
+    axis = layer.axis
+    _require_input(x, axis)
     if mask is not None:
-        mask = jnp.asarray(mask)
-        _require_mask(mask, x)
+        mask = checks.as_array("mask", mask)
+        whole = (x.shape[0],) + (1,) * (x.ndim - 1)
+        require_mask(mask, x.shape, "input", f"To mask whole samples, give it the shape {whole}.")
         # A masked value may be NaN, and NaN times a gradient of 0 is still NaN.
         x = jnp.where(mask | jnp.isfinite(x), x, 0)
     wide = widen(x)
@@ -73,14 +103,21 @@ def result_dtype(layer: Layer, dtype: DTypeLike) -> DTypeLike:
     return promote(dtype, layer.param_dtype) if has_parameters else dtype
 
 
-def should_update_stats(evaluate: bool, attribute: bool | None, argument: bool | None) -> bool:
+def should_update_stats(evaluate: bool, attribute: bool | None, argument: Any) -> bool:
     """Whether to update the running averages; by default in training only."""
     flag = attribute if argument is None else argument
-    return not evaluate if flag is None else flag
+    return not evaluate if flag is None else checks.require_flag("update_stats", flag)
 
 
 def learned_affine(scale: Array | None, bias: Array | None, size: int, dtype: DTypeLike) -> Affine:
-    """The learned scale and bias, `(size,)`, as a map `(1, size)`; 1 and 0 in place of None."""
+    """The learned scale and bias, `(size,)`, as a map `(1, size)`; 1 and 0 in place of None.
+
+    Raises:
+        ValueError: they have another shape, with which they would be broadcast.
+    """
+    for name, values in (("scale", scale), ("bias", bias)):
+        if values is not None:
+            _require_vector(name, values, size)
     return Affine(
         widen(jnp.ones((1, size), dtype) if scale is None else scale[None]),
         widen(jnp.zeros((1, size), dtype) if bias is None else bias[None]),
@@ -127,14 +164,17 @@ def batch_norm(
         The map to apply, and the running mean and variance after this batch.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the running averages do not have one number
+            for each channel.
     """
-    old_weight: Number = checks.require_momentum(momentum)
-    epsilon = checks.require_epsilon(epsilon)
-    checks.require_one_of("running_variance", running_variance, get_args(RunningVariance))
+    # Attributes of an NNX layer may have changed since it was made.
+    old_weight: Number = checks.require_momentum("momentum", momentum)
+    epsilon = checks.require_epsilon("epsilon", epsilon)
     if not (use_running_average or initializing or axis_name) and m.counts is None:
         _warn_of_single_values(m.mean.shape[0], m.size)
     mean, var = stats
+    _require_vector("running mean", mean, m.mean.shape[1])
+    _require_vector("running variance", var, m.mean.shape[1])
     running = updated = Moments(mean[None], var[None])
     chosen = running
     if update_stats or not use_running_average:
@@ -165,7 +205,7 @@ def channel_norm(m: Moments, learned: Affine, epsilon: ArrayLike) -> Affine:
     Raises:
         ValueError: epsilon is out of its range.
     """
-    epsilon = checks.require_epsilon(epsilon)
+    epsilon = checks.require_epsilon("epsilon", epsilon)
     if m.counts is None:
         _warn_of_single_values_in_groups(m.mean.shape[1] // learned.scale.shape[1], m.size)
     return _channel_norm(m, learned, epsilon)
@@ -245,25 +285,14 @@ def unbiased(m: Moments) -> Array:
     return m.var * (m.weight / jnp.maximum(m.weight - 1, 1))
 
 
-def _require_input(x: Array, axis: Any) -> int:
-    """The rules for an input and its channel axis.
-
-    Returns:
-        The channel axis, an integer of Python.
-    """
+def _require_input(x: Array, axis: int) -> None:
+    """The rules for an input and its channel axis."""
     rank, shape = x.ndim, tuple(x.shape)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"The input must be of a real floating-point type, but it is {x.dtype}. "
             "Convert it first, for example with x.astype(jnp.float32)."
         )
-    try:
-        axis = operator.index(axis)
-    except TypeError:
-        raise ValueError(
-            f"The channel axis must be one integer, but axis={axis!r}. Merge several channel axes "
-            "into one with a reshape."
-        ) from None
     if rank < 2:
         raise ValueError(
             "The input must have a batch axis and a channel axis, (n, *space, c), but its shape is "
@@ -279,23 +308,32 @@ def _require_input(x: Array, axis: Any) -> int:
             f"The input must not be empty, but its shape is {shape}. "
             "Skip the empty batch, or pad it and pass a mask."
         )
-    return axis
 
 
-def _require_mask(mask: Array, x: Array) -> None:
-    fits = mask.ndim == x.ndim and all(
-        m in (1, d) for m, d in zip(mask.shape, x.shape, strict=True)
+def require_mask(mask: Array, shape: tuple[int, ...], of: str, way_out: str) -> None:
+    """A mask must be boolean, and broadcast to the input or the kernel."""
+    fits = mask.ndim == len(shape) and all(
+        m in (1, d) for m, d in zip(mask.shape, shape, strict=True)
     )
     if not fits:
         raise ValueError(
-            "The mask must have as many axes as the input, each of the same length or 1, but the "
-            f"mask's shape is {mask.shape} and the input's is {x.shape}. To mask whole "
-            f"samples, give it the shape {(x.shape[0],) + (1,) * (x.ndim - 1)}."
+            f"The mask must have as many axes as the {of}, each of the same length or 1, but the "
+            f"mask's shape is {mask.shape} and the {of}'s is {shape}. {way_out}"
         )
     if not jnp.issubdtype(mask.dtype, jnp.bool_):
         raise ValueError(
             f"The mask must be boolean, true where a value counts, but it is {mask.dtype}. "
             "Convert it first, for example with mask != 0."
+        )
+
+
+def _require_vector(name: str, values: Array, size: int) -> None:
+    """One real number for each channel, or group; any other shape might be broadcast."""
+    if values.shape != (size,) or not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(
+            f"The {name} must have one real floating-point number for each channel or group, and "
+            f"so the shape {(size,)}, but it is {values.dtype} of shape {values.shape}. Restore it "
+            "from a layer of the same size."
         )
 
 

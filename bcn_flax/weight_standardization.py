@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from bcn_flax import checks
 from bcn_flax.affine import Affine, Moments, apply, constant_where_infinite, inverse_root, moments
-from bcn_flax.norms import unbiased
+from bcn_flax.norms import require_mask, unbiased
 from bcn_flax.passes import widen
 
 EpsilonRole = Literal["added_to_variance", "added_to_deviation", "least_variance"]
@@ -64,13 +64,15 @@ def standardize_kernel(
     Args:
         kernel: of a dense layer, `(in, out)`, or of a convolution, `(*window, in, out)`.
         standardization: the variance, the role of epsilon and the scale of the result.
-        gain: a factor for each output channel.
+        gain: a factor for each output channel, `(out,)`; required with `Standardization(gain=True)`
+            and only then.
         axis: the axis of the output channels.
         mask: true where a weight counts, shaped as the kernel; the result is 0 elsewhere.
 
     Raises:
-        ValueError: an output channel has a single weight, whose variance is undefined, or an
-            attribute of `standardization` is out of its range.
+        ValueError: an output channel has a single weight, whose variance is undefined; an
+            attribute of `standardization` is out of its range; there is a gain that it does not
+            have, or none that it has; or an array is of another shape or dtype.
 
     Example:
         >>> import jax.numpy as jnp
@@ -82,14 +84,19 @@ def standardize_kernel(
     Standardization", arXiv 1903.10520; unbiased variance and epsilon inside the root as in the
     authors' ImageNet code (`imagenet/models/layers.py`).
     """
+    kernel, axis = checks.as_array("kernel", kernel), checks.require_integer("axis", axis)
     require_fan_in(kernel.shape, axis)
-    _require_standardization(standardization)
+    how = require_standardization(standardization)
+    _require_real_floats("kernel", kernel)
+    if mask is not None:
+        mask = checks.as_array("mask", mask)
+        require_mask(mask, kernel.shape, "kernel", "Give it the shape of the kernel.")
+    if gain is not None:
+        gain = checks.as_array("gain", gain)
+        _require_real_floats("gain", gain)
+    _require_gain(kernel.shape, axis, how.gain, gain)
     return _standardized(
-        kernel[None],
-        None if mask is None else mask[None],
-        gain,
-        standardization,
-        axis % kernel.ndim + 1,
+        kernel[None], None if mask is None else mask[None], gain, how, axis % kernel.ndim + 1
     )[0]
 
 
@@ -130,13 +137,21 @@ def _root(var: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, var, 1)), 0)
 
 
-def _require_standardization(how: Standardization) -> None:
-    checks.require_one_of("epsilon_role", how.epsilon_role, get_args(EpsilonRole))
-    checks.require_epsilon(how.epsilon)
-    if how.gamma == 0 or not math.isfinite(how.gamma):
-        raise ValueError(
-            f"gamma must be finite and not 0, but gamma={how.gamma}. Without a factor it is 1.0."
-        )
+def require_standardization(how: Any) -> Standardization:
+    """The attributes must be flags, numbers and a role in their ranges.
+
+    Returns:
+        The same in Python's numbers, which are hashable.
+    """
+    checks.require_type("standardization", how, Standardization, "a Standardization")
+    return Standardization(
+        checks.require_flag("unbiased", how.unbiased),
+        checks.require_epsilon("epsilon", how.epsilon),
+        checks.require_one_of("epsilon_role", how.epsilon_role, get_args(EpsilonRole)),
+        checks.require_flag("fan_in_scaling", how.fan_in_scaling),
+        checks.require_flag("gain", how.gain),
+        checks.require_factor("gamma", how.gamma),
+    )
 
 
 def require_fan_in(shape: Sequence[int], axis: int) -> None:
@@ -153,4 +168,25 @@ def require_fan_in(shape: Sequence[int], axis: int) -> None:
             "Weight standardization needs at least 2 weights per output channel (fan-in), but a "
             f"kernel of shape {tuple(shape)} has {weights}. Use the layer without weight "
             "standardization here."
+        )
+
+
+def _require_real_floats(name: str, values: Array) -> None:
+    """The kernel and the gain must be real floating-point arrays."""
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        raise ValueError(
+            f"The {name} must be of a real floating-point type, but it is {values.dtype}. "
+            f"Convert it first, for example with {name}.astype(jnp.float32)."
+        )
+
+
+def _require_gain(shape: Sequence[int], axis: int, wanted: bool, gain: Array | None) -> None:
+    """There must be a gain if the standardization has one, and only then."""
+    expected = (shape[axis],) if wanted else None
+    given = None if gain is None else gain.shape
+    if given != expected:
+        raise ValueError(
+            "The gain must be None without Standardization(gain=True), and with it have one value "
+            f"for each output channel: for a kernel of shape {tuple(shape)} and gain={wanted} its "
+            f"shape must be {expected}, but it is {given}."
         )

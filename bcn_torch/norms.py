@@ -33,13 +33,11 @@ class _Norm(nn.Module):
 
     def __init__(self, channels: int, size: int, eps: float, affine: bool) -> None:
         nn.Module.__init__(self)
-        checks.require_channel_count(channels)
-        checks.require_eps(eps)
         self.channels = channels
-        self.eps = eps
-        self.affine = affine
-        self.register_parameter("scale", nn.Parameter(torch.ones(size)) if affine else None)
-        self.register_parameter("shift", nn.Parameter(torch.zeros(size)) if affine else None)
+        self.eps = checks.require_eps(eps)
+        self.affine = checks.require_flag("affine", affine)
+        self.register_parameter("scale", nn.Parameter(torch.ones(size)) if self.affine else None)
+        self.register_parameter("shift", nn.Parameter(torch.zeros(size)) if self.affine else None)
 
     def _normalize(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         # x_hat = (x - mu) / sqrt(sigma2 + eps)
@@ -134,10 +132,10 @@ class BatchNorm(_Norm, _BatchNorm):
         Raises:
             ValueError: an argument is out of its range.
         """
+        channels = checks.require_channel_count(channels)
         super().__init__(channels, channels, eps, affine)
-        checks.require_momentum(momentum)
         checks.require_one_of("running_variance", running_variance, get_args(RunningVariance))
-        self.momentum = momentum
+        self.momentum = checks.require_momentum(momentum)
         self.running_variance = running_variance
         self.update_stats = update_stats
         self._averaged = 0  # batches since `reset_running_stats`, counted if momentum is None
@@ -239,6 +237,12 @@ class BatchNorm(_Norm, _BatchNorm):
             self.exp_mean.zero_()
             self.exp_var.fill_(1)
             self._averaged = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Take flags of NumPy, and 0 and 1, for `update_stats` as Python's."""
+        if name == "update_stats":
+            value = checks.require_flag_or_none(name, value)
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """Refuse what only batch norms of PyTorch have."""
@@ -356,7 +360,8 @@ class ChannelNorm(_Norm):
         Raises:
             ValueError: eps is out of its range, or the groups do not divide the channels.
         """
-        checks.require_group_count(channels, groups)
+        channels = checks.require_channel_count(channels)
+        groups = checks.require_group_count(channels, groups)
         super().__init__(channels, groups, eps, affine)
         self.groups = groups
 
@@ -436,6 +441,9 @@ class BatchChannelNorm(nn.Module):
             ValueError: an argument is out of its range, or the groups do not divide the channels.
         """
         super().__init__()
+        if batch_eps is not None:
+            batch_eps = checks.require_eps(batch_eps, "batch_eps")
+        estimate = checks.require_flag("estimate", estimate)
         batch_norm = EstimatedBatchNorm if estimate else BatchNorm
         self.batch_norm = batch_norm(
             channels,
@@ -466,7 +474,7 @@ class BatchChannelNorm(nn.Module):
         if not is_scripting():
             if isinstance(x, Proxy):
                 return one_node(self, x)
-            checks.require_floating_point(x.dtype)
+            checks.require_floating_point(x)
         # Widened here, so that a half-precision result is not rounded between the two norms.
         y = self.batch_norm(widen(x))
         y = self.channel_norm(y)
@@ -504,6 +512,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
         >>> int(layer.batch_norm.exp_mean.count_nonzero())
         0
     """
+    checks.require_module("module", module)
     norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
     before = [norm.update_stats for norm in norms]
     for norm in norms:

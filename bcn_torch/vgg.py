@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -58,12 +59,14 @@ class VGG(nn.Module):
             ValueError: there is no block, a block is empty, or groups do not divide the channels.
         """
         super().__init__()
-        _require_blocks(blocks)
-        self.in_channels = in_channels
-        self.halvings = len(blocks)
+        found = _require_blocks(blocks)
+        checks.require_callable("conv", conv)
+        if norm is not None:
+            checks.require_callable("norm", norm)
+        self.in_channels = last = checks.require_channel_count(in_channels, "in_channels")
+        self.halvings = len(found)
         layers: list[nn.Module] = []
-        last = in_channels
-        for block in blocks:
+        for block in found:
             for channels in block:
                 layers.append(conv(last, channels, kernel_size=3, padding=1))
                 if norm is not None:
@@ -72,7 +75,7 @@ class VGG(nn.Module):
                 last = channels
             layers.append(nn.MaxPool2d(2, 2))
         self.layers = nn.Sequential(*layers)
-        self.fc = nn.Linear(last, num_classes)
+        self.fc = nn.Linear(last, checks.require_channel_count(num_classes, "num_classes"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Classify images, `[batch, in_channels, height, width]`, as logits, `[batch, classes]`.
@@ -84,16 +87,23 @@ class VGG(nn.Module):
         return self.fc(self.layers(x).mean((2, 3)))
 
 
-def _require_blocks(blocks: Sequence[Sequence[int]]) -> None:
-    if not blocks or not all(blocks):
+def _require_blocks(blocks: Any) -> list[list[int]]:
+    """The output channels of each convolution, block by block, as Python integers."""
+    try:
+        found = [[checks.require_channel_count(n) for n in block] for block in blocks]
+    except (TypeError, ValueError):
+        found = []
+    if not found or not all(found):
         raise ValueError(
             "blocks must have at least one block, and each block at least one convolution, but "
             f"blocks={blocks!r}. Give each block the output channels of its convolutions, for "
             "example ((64, 64), (128, 128))."
         )
+    return found
 
 
 def _require_images(x: Tensor, channels: int, halvings: int) -> None:
+    checks.require_floating_point(x)
     if x.dim() != 4:
         raise ValueError(
             "The input must be a batch of images, [batch, channels, height, width], but its shape "

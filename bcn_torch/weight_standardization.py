@@ -78,9 +78,9 @@ def standardize_weight(
     in the annotated implementation (`labml_nn/normalization/weight_standardization`).
     """
     if not is_scripting():
-        checks.require_floating_point(weight.dtype, "weight")
+        checks.require_floating_point(weight, "weight")
         _require_fan_in(weight.shape)
-        _require_standardization(standardization)
+        standardization = _require_standardization(standardization)
         _require_gain(weight.shape, standardization.gain, gain)
     w = widen(weight)
     axes = list(range(1, w.dim()))
@@ -137,11 +137,11 @@ class WSLayer(nn.Module):
             ValueError: an output channel would have a single weight (fan-in 1), or an attribute of
                 the standardization is out of its range.
         """
-        _require_standardization(standardization)
+        how = _require_standardization(standardization)
         super().__init__(*args, **kwargs)
-        self.standardization = standardization
+        self.standardization = how
         gain = nn.Parameter(self.weight.new_ones(len(self.weight)))
-        self.register_parameter("gain", gain if standardization.gain else None)
+        self.register_parameter("gain", gain if how.gain else None)
 
     def reset_parameters(self) -> None:
         """Initialize the weights; called by PyTorch's constructor, so a fan-in of 1 fails early."""
@@ -218,17 +218,31 @@ def _require_fan_in(shape: Sequence[int]) -> None:
         )
 
 
-def _require_standardization(standardization: Standardization) -> None:
-    checks.require_eps(standardization.eps)
-    checks.require_one_of("eps_role", standardization.eps_role, get_args(EpsRole))
-    if not 0 < standardization.gamma < math.inf:
+def _require_standardization(how: Any) -> Standardization:
+    """The attributes must be flags, numbers and a role in their ranges.
+
+    Returns:
+        The same in Python's numbers.
+    """
+    if not isinstance(how, Standardization):
         raise ValueError(
-            f"gamma must be positive and finite, but gamma={standardization.gamma}. Without a "
-            "factor it is 1."
+            f"standardization must be a Standardization of bcn_torch, but it is {how!r}, of type "
+            f"{type(how).__name__}."
         )
+    checks.require_one_of("eps_role", how.eps_role, get_args(EpsRole))
+    return Standardization(
+        checks.require_flag("unbiased", how.unbiased),
+        checks.require_eps(how.eps),
+        how.eps_role,
+        checks.require_flag("fan_in_scaling", how.fan_in_scaling),
+        checks.require_flag("gain", how.gain),
+        checks.require_factor("gamma", how.gamma),
+    )
 
 
 def _require_gain(weight_shape: Sequence[int], wanted: bool, value: Tensor | None) -> None:
+    if value is not None:
+        checks.require_floating_point(value, "gain")
     expected = (weight_shape[0],) if wanted else None
     given = None if value is None else tuple(value.shape)
     if given != expected:

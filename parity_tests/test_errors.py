@@ -93,8 +93,14 @@ ONE_OF_TWO = (
     "Exactly one of num_groups and group_size must be given, but num_groups={} and group_size={}. "
     "Set the other one to None."
 )
-POSITIVE = "{0} must be positive and finite, but {0}={1}. {2}"
-USUAL = "The usual one is 1e-5."
+EPSILON = (
+    "{0} must be positive and finite, and a normal number of float32, from 1.18e-38 to 3.4e+38, "
+    "but {0}={1}. The usual one is 1e-5."
+)
+FACTOR = (
+    "gamma must be finite and not 0, as a normal number of float32, but gamma={}. Without a factor "
+    "it is 1.0."
+)
 FAN_IN = (
     "Weight standardization needs at least 2 weights per output channel (fan-in), but a {} of "
     "shape {} has {}. Use the layer without weight standardization here."
@@ -184,8 +190,8 @@ FLAX = (
                 "momentum is the weight of the old running average and must be from 0 to 1, but "
                 "momentum=1.5. A PyTorch momentum m is 1 - m here: 0.1 there is 0.9 here.",
             ),
-            ({"epsilon": 0.0}, POSITIVE.format("epsilon", 0.0, USUAL)),
-            ({"epsilon": float("nan")}, POSITIVE.format("epsilon", "nan", USUAL)),
+            ({"epsilon": 0.0}, EPSILON.format("epsilon", 0.0)),
+            ({"epsilon": float("nan")}, EPSILON.format("epsilon", "nan")),
         )
     ),
     ("ChannelNorm", {}, DIVISOR.format("num_groups", 32, 8, "1, 2, 4, 8")),
@@ -246,8 +252,7 @@ FLAX_CALLS = (
         "but blocks=((8,), ()). An example: ((64, 64), (128, 128)).",
     ),
 )
-EPS = partial(POSITIVE.format, "eps")
-FACTOR = "Without a factor it is 1."
+EPS = partial(EPSILON.format, "eps")
 GROUPS = partial(DIVISOR.format, "groups")
 WEIGHT = partial(FAN_IN.format, "weight")
 NO_CHANNEL = "There must be at least 1 channel, but channels={}."
@@ -267,25 +272,25 @@ TORCH_CALLS = (
     (lambda: bcn_torch.BatchNorm(8, momentum=1.1), MOMENTUM.format(1.1)),
     (lambda: bcn_torch.EstimatedBatchNorm(8, momentum=-0.1), MOMENTUM.format(-0.1)),
     (lambda: bcn_torch.BatchChannelNorm(8, 2, momentum=NAN), MOMENTUM.format("nan")),
-    (lambda: bcn_torch.BatchNorm(8, eps=0.0), EPS(0.0, USUAL)),
-    (lambda: bcn_torch.EstimatedBatchNorm(8, -1.0), EPS(-1.0, USUAL)),
-    (lambda: bcn_torch.ChannelNorm(8, 2, INF), EPS("inf", USUAL)),
-    (lambda: bcn_torch.BatchChannelNorm(8, 2, NAN), EPS("nan", USUAL)),
-    (lambda: bcn_torch.BatchChannelNorm(8, 2, batch_eps=0.0), EPS(0.0, USUAL)),
-    (lambda: weight(2, 3, eps=0.0), EPS(0.0, USUAL)),
+    (lambda: bcn_torch.BatchNorm(8, eps=0.0), EPS(0.0)),
+    (lambda: bcn_torch.EstimatedBatchNorm(8, -1.0), EPS(-1.0)),
+    (lambda: bcn_torch.ChannelNorm(8, 2, INF), EPS("inf")),
+    (lambda: bcn_torch.BatchChannelNorm(8, 2, NAN), EPS("nan")),
+    (lambda: bcn_torch.BatchChannelNorm(8, 2, batch_eps=0.0), EPSILON.format("batch_eps", 0.0)),
+    (lambda: weight(2, 3, eps=0.0), EPS(0.0)),
     (
         lambda: bcn_torch.WSConv2d(4, 4, 3, standardization=Standardization(eps=-1.0)),
-        EPS(-1.0, USUAL),
+        EPS(-1.0),
     ),
     (
         lambda: weight(2, 3, eps_role="added"),
         "eps_role must be one of 'added_to_variance', 'added_to_deviation', 'least_variance', but "
         "eps_role='added'.",
     ),
-    (lambda: weight(2, 3, gamma=0.0), POSITIVE.format("gamma", 0.0, FACTOR)),
+    (lambda: weight(2, 3, gamma=0.0), FACTOR.format(0.0)),
     (
         lambda: bcn_torch.WSLinear(4, 4, standardization=Standardization(gamma=INF)),
-        POSITIVE.format("gamma", "inf", FACTOR),
+        FACTOR.format("inf"),
     ),
     (lambda: weight(2, 3, gain=torch.ones(2)), GAIN.format(False, None, "(2,)")),
     (learning_gain, GAIN.format(True, "(2,)", None)),

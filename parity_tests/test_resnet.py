@@ -393,9 +393,9 @@ DEPTH = (
                 (9, "8 and 14"),
                 (2, "8 and 14"),
                 (-4, "8 and 14"),
-                (20.0, "20 and 26"),
             )
         ),
+        (ResNet(20.0), IMAGES, "depth must be an integer, but depth=20.0 is of type float."),
         (
             small(),
             IMAGES[0],

@@ -410,7 +410,8 @@ leave.
 lazy: A LazyBatchNorm2d does not know its size yet. Run the model on a batch first.
 cumulative: momentum=None, a cumulative average, has no counterpart here. Give a momentum, for \
 example momentum=0.1.
-eps: eps must be positive and finite, but eps=0.0. The usual one is 1e-5.
+eps: eps must be positive and finite, and a normal number of float32, from 1.18e-38 to 3.4e+38, \
+but eps=0.0. The usual one is 1e-5.
 momentum: momentum is the weight of the new value in the running estimates and must be from 0 to \
 1, but momentum=1.5. A Flax momentum m, the weight of the old value, is 1 - m here: 0.9 there is \
 0.1 here."""

@@ -113,7 +113,7 @@ from bcn_flax.interop.matching import Match, match
 from bcn_flax.interop.naming import Names
 from bcn_flax.interop.pairs import Pair
 from bcn_flax.interop.rules import RULES, Rule, Rules
-from bcn_flax.interop.trees import Variables, module_with, variables_of
+from bcn_flax.interop.trees import Variables, module_with, require_nnx_module, variables_of
 
 __all__ = [
     "RULES",
@@ -216,11 +216,7 @@ def module_from_torch(
         ValueError: a tensor is missing, unexpected, misshapen or ambiguous; the message lists all
             of them.
     """
-    if not isinstance(like, nnx.Module):
-        raise ValueError(
-            f"`like` must be an NNX module, but it is of type {type(like).__name__}. For linen's "
-            "variables there is variables_from_torch."
-        )
+    require_nnx_module("like", like, "For linen's variables there is variables_from_torch.")
     found = match(source, like, names, transposed, flattened, rules, strict)
     return module_with(like, found.to_flax(source))
 

@@ -4,7 +4,8 @@ import importlib
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -12,9 +13,14 @@ from typing import Any, Literal
 import numpy as np
 
 from bcn_flax.interop.layouts import array_like, dtype, to_numpy
-from bcn_flax.interop.trees import is_state_dict, torch_tensors
+from bcn_flax.interop.trees import is_state_dict, refuse, torch_tensors
 
 _TORCH = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
+# What NumPy's reader of .safetensors files knows; its writer knows more.
+_IN_SAFETENSORS = (
+    *("bool", "complex64", "bfloat16", "float16", "float32", "float64"),
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+)
 
 
 def load(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Any]:
@@ -33,19 +39,22 @@ def load(path: str | os.PathLike[str], key: str | None = None) -> dict[str, Any]
             `"model"` or `"state_dict"`; `"net.model"` is the entry `"model"` of the entry `"net"`.
 
     Raises:
-        ValueError: the file holds no `state_dict`, or objects other than data, or its name has
-            another ending; the message says what was found.
+        ValueError: the file holds no `state_dict`, or objects other than data, or cannot be read,
+            or its name has another ending; the message says what was found.
         ImportError: the package that reads such files is not installed.
     """
-    path = Path(path)
+    path = _require_path(path)
+    if not isinstance(key, str | None):
+        raise ValueError(f"key must be the name of a part of the checkpoint, but key={key!r}.")
     if _require_format(path) == "safetensors":
         if key is not None:
             raise ValueError(
                 f"A .safetensors file has tensors and no parts: leave key={key!r} out."
             )
         # Sorted, because the file has them in an order that means nothing.
-        return dict(sorted(_import_safetensors().load_file(path).items()))
-    return _require_state_dict(path, _unpickle(path), key)
+        return dict(sorted(_read(path, _import_safetensors().load_file).items()))
+    unpickle = partial(_import_torch().load, map_location="cpu", weights_only=True)
+    return _require_state_dict(path, _read(path, unpickle), key)
 
 
 def save(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
@@ -61,18 +70,41 @@ def save(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
         state_dict: tensors of PyTorch, or arrays of NumPy or JAX.
 
     Raises:
-        ValueError: it is not a `state_dict`, or the file's name has another ending.
+        ValueError: it is not a `state_dict`, the format has no place for one of its dtypes, or the
+            file's name has another ending.
         ImportError: the package that writes such files is not installed.
     """
-    path = Path(path)
+    path = _require_path(path)
     tensors = torch_tensors(state_dict)
     if _require_format(path) == "safetensors":
+        _require_dtypes(path, tensors, lambda name: name in _IN_SAFETENSORS)
         arrays = {key: np.array(to_numpy(x), order="C") for key, x in tensors.items()}
         # Other readers of such files ask for this note.
         _import_safetensors().save_file(arrays, path, metadata={"format": "pt"})
     else:
         torch = _import_torch()
+        arrays = {key: x for key, x in tensors.items() if not hasattr(x, "detach")}
+        # PyTorch has the names of small integers, but no values.
+        small = re.compile("u?int[1-7]").fullmatch
+        _require_dtypes(path, arrays, lambda name: hasattr(torch, name) and not small(name))
         torch.save({key: _as_tensor(torch, x) for key, x in tensors.items()}, path)
+
+
+def _require_path(path: Any) -> Path:
+    """A path must be a string or an object like `Path`."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path must be the name of a file, but path={path!r}.")
+    return Path(path)
+
+
+def _require_dtypes(path: Path, tensors: Mapping[str, Any], known: Callable[[str], bool]) -> None:
+    """The format of the file must have a place for all dtypes."""
+    dtypes = {key: str(x.dtype).removeprefix("torch.") for key, x in tensors.items()}
+    refuse(
+        f"What is written to {path.name} must be readable again, but its format has no place for:",
+        [f"{key} of {dtype}" for key, dtype in dtypes.items() if not known(dtype)],
+        "Convert these first. Files of torch.save hold the usual kinds of float8.",
+    )
 
 
 def _require_format(path: Path) -> Literal["safetensors", "torch"]:
@@ -104,9 +136,10 @@ def _import_torch() -> ModuleType:
         ) from error
 
 
-def _unpickle(path: Path) -> Any:
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What a file holds; an error that names the file and the reason if it cannot be read."""
     try:
-        return _import_torch().load(path, map_location="cpu", weights_only=True)
+        return read(path)
     except pickle.UnpicklingError as error:
         seen = re.search(r"GLOBAL ([\w.]+)", str(error))
         allow = seen and (
@@ -118,6 +151,15 @@ def _unpickle(path: Path) -> Any:
             f"which run code when they are read.{allow or ''} If you trust the file, read it where "
             "that does no harm, with torch.load(path, weights_only=False), and save its state_dict "
             "alone."
+        ) from error
+    except Exception as error:  # The readers raise errors of many types for a broken file.
+        if isinstance(error, OSError) and str(path) in str(error):
+            raise
+        reason = f"{type(error).__name__} {error}".split(". ")[0].strip(" .")
+        raise ValueError(
+            f"{path} cannot be read: {reason}. It may be empty, cut short, of another format, or "
+            "hold a dtype that NumPy does not have. Of TorchScript, and of the tar files of old "
+            "versions of PyTorch, save the state_dict alone, with torch.save."
         ) from error
 
 
@@ -140,14 +182,14 @@ def _require_state_dict(path: Path, found: Any, key: str | None) -> dict[str, An
     )
 
 
-def _parts(found: Any) -> Iterator[tuple[str, Any]]:
+def _parts(found: Any, levels: int = 32) -> Iterator[tuple[str, Any]]:
     """All entries of nested mappings, by their names, joined with dots."""
-    named = (
-        {k: x for k, x in found.items() if isinstance(k, str)} if isinstance(found, Mapping) else {}
-    )
+    # A malformed file may be nested more deeply than Python can follow.
+    is_mapping = isinstance(found, Mapping) and levels > 0
+    named = {k: x for k, x in found.items() if isinstance(k, str)} if is_mapping else {}
     for key, part in named.items():
         if not is_state_dict(part):
-            yield from ((f"{key}.{inner}", x) for inner, x in _parts(part))
+            yield from ((f"{key}.{inner}", x) for inner, x in _parts(part, levels - 1))
         yield key, part
 
 

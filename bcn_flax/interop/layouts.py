@@ -51,6 +51,8 @@ class LayerFacts(NamedTuple):
     channels: int | None = None
 
 
+_NO_NUMBERS = tuple("OSUMm")
+
 COPIED = Layout("copied", lambda x: x, lambda x: x, lambda shape: shape)
 
 EMBEDDED = COPIED._replace(features=1)
@@ -193,8 +195,13 @@ def may_be_transposed(torch_shape: Shape, flax_shape: Shape) -> bool:
 
 
 def is_array(x: Any) -> bool:
-    """Whether `x` has a shape and a dtype; it may be a shape without values."""
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+    """Whether `x` has a shape and a dtype of numbers; it may be a shape without values."""
+    # PyTorch's dtypes have no kind; NumPy's of objects, strings and times have these.
+    return (
+        hasattr(x, "shape")
+        and hasattr(x, "dtype")
+        and getattr(x.dtype, "kind", "") not in _NO_NUMBERS
+    )
 
 
 def shape(x: Any) -> Shape:

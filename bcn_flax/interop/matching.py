@@ -1,6 +1,6 @@
 """Match the tensors of PyTorch with the leaves of Flax's variables, and convert their values."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,12 +8,13 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
+from bcn_flax import checks
 from bcn_flax.interop import layers, layouts, naming, proposal
 from bcn_flax.interop.layers import Flattened, Transposed
 from bcn_flax.interop.layouts import path_name, shape
 from bcn_flax.interop.naming import Names, Renames, grouped, module_of
 from bcn_flax.interop.pairs import Pair
-from bcn_flax.interop.rules import RULES, Rules
+from bcn_flax.interop.rules import RULES, Rule, Rules
 from bcn_flax.interop.trees import (
     Leaves,
     Tensors,
@@ -248,7 +249,8 @@ def match(
         ValueError: a tensor is missing, unexpected, misshapen, of another kind of number, or
             ambiguous, or an argument names no module; the message lists all of them.
     """
-    _require_argument_types(names, transposed, flattened)
+    flattened = _require_argument_types(names, transposed, flattened, rules)
+    strict = checks.require_flag("strict", strict)
     tensors, leaves = torch_tensors(source), flax_leaves(like)
     declared = torch_convolutions(source), flax_convolutions(like)
     _refuse_other_collections(leaves, rules)
@@ -264,7 +266,7 @@ def match(
     tied = tied_tensors(tensors, better.keys)
     skipped = skipped_tensors(tensors, better.keys | tied.keys())
 
-    table = layers.fact_table(found, *declared, transposed, flattened or {})
+    table = layers.fact_table(found, *declared, transposed, flattened)
     pairs, errors, notes = layers.match_layers(found, table, tensors, leaves)
     refuse(
         proposal.name_hints(found, better)
@@ -276,9 +278,15 @@ def match(
     return Match(pairs, tied, skipped, tensors, notes)
 
 
-def _require_argument_types(names: Any, transposed: Any, flattened: Any) -> None:
-    """Refuse what Python would take for something else, or fail on later."""
-    if not (names is None or callable(names) or isinstance(names, Mapping)):
+def _require_argument_types(
+    names: Any, transposed: Any, flattened: Any, rules: Any
+) -> dict[str, int]:
+    """Refuse what Python would take for something else, or fail on later.
+
+    Returns:
+        The numbers of `flattened`.
+    """
+    if not (names is None or callable(names) or _maps_names(names, str)):
         raise ValueError(
             "names must map paths of PyTorch to paths of Flax, or be a function, but it is "
             f"{names!r}."
@@ -288,11 +296,32 @@ def _require_argument_types(names: Any, transposed: Any, flattened: Any) -> None
             "transposed must be a collection of paths, or map them to transpose_kernel, but it is "
             f"the string {transposed!r}: pass [{transposed!r}]."
         )
-    if not (flattened is None or isinstance(flattened, Mapping)):
+    is_array = hasattr(transposed, "shape")
+    is_collection = isinstance(transposed, Collection) and not is_array
+    paths = is_collection and all(isinstance(path, str) for path in transposed)
+    if not paths or (isinstance(transposed, Mapping) and not _maps_names(transposed, bool | None)):
+        raise ValueError(
+            "transposed must be a collection of paths, or map them to transpose_kernel, False, "
+            f"True or None, but it is {transposed!r}."
+        )
+    if not (flattened is None or _maps_names(flattened, object)):
         raise ValueError(
             "flattened must map paths of dense layers to numbers of channels, but it is "
             f"{flattened!r}: pass {{path: channels}}."
         )
+    if not (isinstance(rules, Mapping) and all(isinstance(r, Rule) for r in rules.values())):
+        raise ValueError(
+            "rules must map ends of paths to Rule, as RULES does, but they are "
+            f"{rules!r}: pass {{**RULES, path: Rule(...)}}."
+        )
+    return {p: checks.require_integer("flattened", n) for p, n in (flattened or {}).items()}
+
+
+def _maps_names(value: Any, kind: Any) -> bool:
+    """Whether it maps strings to values of a kind."""
+    return isinstance(value, Mapping) and all(
+        isinstance(k, str) and isinstance(x, kind) for k, x in value.items()
+    )
 
 
 def _refuse_other_collections(leaves: Leaves, rules: Rules) -> None:

@@ -38,7 +38,11 @@ def torch_tensors(source: Any) -> Tensors:
         )
     refuse(
         "A state_dict must map names to tensors, but:",
-        [f"{key!r} holds {_description(x)}" for key, x in found.items() if not is_array(x)],
+        [
+            f"{key!r} holds {_description(x)}"
+            for key, x in found.items()
+            if not (is_array(x) and isinstance(key, str))
+        ],
         f"Of a checkpoint, give the part that holds the tensors. {_FROM_FLAX}",
     )
     return found
@@ -88,11 +92,12 @@ def flax_leaves(variables: Variables | nnx.Module) -> Leaves:
         )
     leaves: Leaves = flatten_dict(meta.unbox(variables))
     refuse(
-        "Flax's variables must be arrays or shapes, in nested mappings, but:",
+        "Flax's variables must be arrays or shapes, in nested mappings from names, but:",
         [
-            f"{path_name(path)} is of type {type(x).__name__}"
+            f"{path_name(tuple(map(str, path)))} is of type {type(x).__name__}"
+            + (f" of {x.dtype}" if hasattr(x, "dtype") else "")
             for path, x in leaves.items()
-            if not is_array(x)
+            if not (is_array(x) and all(isinstance(name, str) for name in path))
         ],
     )
     return leaves
@@ -152,8 +157,9 @@ def variables_of(module: nnx.Module) -> dict[str, Any]:
         module: may be abstract, from `nnx.eval_shape`.
 
     Raises:
-        ValueError: two variables would have the same name.
+        ValueError: it is no NNX module, or two variables would have the same name.
     """
+    require_nnx_module("module", module, "Linen's variables are what variables_of returns.")
     return unflatten_dict({path: v.get_value() for path, (_, v) in _nnx_leaves(module).items()})
 
 
@@ -174,6 +180,7 @@ def module_with(module: ModuleT, variables: Variables) -> ModuleT:
     Raises:
         ValueError: a variable is missing, unexpected or misshapen; the message lists all of them.
     """
+    require_nnx_module("module", module, "For linen's variables there is nothing to do.")
     copy = nnx.clone(module)
     places, leaves = _nnx_leaves(copy), flax_leaves(variables)
     refuse(
@@ -194,6 +201,14 @@ def replace_leaves(module: ModuleT, leaves: Leaves) -> ModuleT:
     state = [(place, v.replace(leaves[path])) for path, (place, v) in places.items()]
     nnx.update(module, nnx.from_flat_state(state))
     return module
+
+
+def require_nnx_module(name: str, value: Any, way_out: str) -> None:
+    """The value must be an NNX module."""
+    if not isinstance(value, nnx.Module):
+        raise ValueError(
+            f"`{name}` must be an NNX module, but it is of type {type(value).__name__}. {way_out}"
+        )
 
 
 def linen_path(place: Iterable[Any]) -> Path:
@@ -263,7 +278,7 @@ def _is_torch_module(source: Any) -> bool:
 
 
 def _description(x: Any) -> str:
-    kind = f"a {type(x).__name__}"
+    kind = f"a {type(x).__name__}" + (f" of {x.dtype}" if hasattr(x, "dtype") else "")
     return f"{kind} of {len(x)} tensors" if is_state_dict(x) else kind
 
 

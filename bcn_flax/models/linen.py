@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from bcn_flax.checks import require_flag
 from bcn_flax.linen import BatchChannelNorm, WSConv
 from bcn_flax.models import architecture, convolution
 from bcn_flax.models.architecture import BLOCKS, WIDTHS, identity, max_pool, relu, shortcut
@@ -67,11 +68,12 @@ class VGG(nn.Module):
 
     def setup(self) -> None:
         """Make the layers."""
-        architecture.require_blocks(self.blocks)
+        num_classes = architecture.require_layers(self.num_classes, self.conv, self.norm)
+        blocks = architecture.require_blocks(self.blocks)
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(self.conv, **_CONV_3X3, **dtypes)
         layers: list[Callable[..., Array]] = []
-        for block in self.blocks:
+        for block in blocks:
             for features in block:
                 layers.append(conv(features))
                 if self.norm is not None:
@@ -79,7 +81,7 @@ class VGG(nn.Module):
                 layers.append(relu)
             layers.append(max_pool)
         self.layers = layers
-        self.fc = nn.Dense(self.num_classes, **dtypes)
+        self.fc = nn.Dense(num_classes, **dtypes)
 
     def __call__(
         self, x: Float[Array, "n h w c"], train: bool
@@ -90,7 +92,10 @@ class VGG(nn.Module):
             ValueError: `blocks` has an empty block or none, the blocks would pool the image away,
                 or it is not `(n, h, w, c)`.
         """
-        architecture.require_image_size(x.shape, len(self.blocks))
+        x, train = (
+            architecture.require_image_size(x, len(self.blocks)),
+            require_flag("train", train),
+        )
         for layer in self.layers:
             x = _call(layer, x, train)
         return self.fc(x.mean((1, 2)))
@@ -139,6 +144,7 @@ class ResNet(nn.Module):
 
     def setup(self) -> None:
         """Make the layers."""
+        num_classes = architecture.require_layers(self.num_classes, self.conv, self.norm)
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = partial(
             self.conv,
@@ -154,7 +160,7 @@ class ResNet(nn.Module):
             ResidualBlock(features, stride, conv, norm)
             for features, stride in architecture.residual_blocks(self.depth)
         ]
-        self.fc = nn.Dense(self.num_classes, **dtypes)
+        self.fc = nn.Dense(num_classes, **dtypes)
 
     def __call__(
         self, x: Float[Array, "n h w c"], train: bool
@@ -164,7 +170,7 @@ class ResNet(nn.Module):
         Raises:
             ValueError: the depth is not `6n + 2`, or the images are not `(n, h, w, c)`.
         """
-        architecture.require_images(x.shape)
+        x, train = architecture.require_images(x), require_flag("train", train)
         x = relu(_call(self.first_norm, self.first_conv(x), train))
         for block in self.blocks:
             x = block(x, train)

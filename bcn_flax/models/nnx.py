@@ -9,6 +9,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from bcn_flax.checks import require_count
 from bcn_flax.models import architecture
 from bcn_flax.models.architecture import BLOCKS, WIDTHS, identity, max_pool, relu, shortcut
 from bcn_flax.models.convolution import conv_general_dilated
@@ -70,12 +71,13 @@ class VGG(nnx.Module):
         Raises:
             ValueError: `blocks` has an empty block or none, or groups do not divide the channels.
         """
-        architecture.require_blocks(blocks)
-        self.halvings = len(blocks)
+        found = architecture.require_blocks(blocks)
+        num_classes = architecture.require_layers(num_classes, conv, norm)
+        self.halvings = len(found)
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         layers: list[Callable[..., Array]] = []
-        last = in_channels
-        for block in blocks:
+        last = require_count("in_channels", in_channels)
+        for block in found:
             for features in block:
                 layers.append(conv(last, features, **_CONV_3X3, **shared))
                 if norm is not None:
@@ -92,7 +94,7 @@ class VGG(nnx.Module):
         Raises:
             ValueError: the blocks would pool the image away, or it is not `(n, h, w, c)`.
         """
-        architecture.require_image_size(x.shape, self.halvings)
+        x = architecture.require_image_size(x, self.halvings)
         for layer in self.layers:
             x = layer(x)
         return self.fc(x.mean((1, 2)))
@@ -137,6 +139,7 @@ class ResNet(nnx.Module):
         Raises:
             ValueError: the depth is not `6n + 2`, or groups do not divide the channels.
         """
+        num_classes = architecture.require_layers(num_classes, conv, norm)
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         conv = partial(
             conv,
@@ -147,7 +150,7 @@ class ResNet(nnx.Module):
         )
         norm = (lambda _: identity) if norm is None else partial(norm, **shared)
         last = WIDTHS[0]
-        self.first_conv = conv(in_channels, last)
+        self.first_conv = conv(require_count("in_channels", in_channels), last)
         self.first_norm = norm(last)
         blocks = []
         for features, stride in architecture.residual_blocks(depth):
@@ -162,7 +165,7 @@ class ResNet(nnx.Module):
         Raises:
             ValueError: the images are not `(n, h, w, c)`.
         """
-        architecture.require_images(x.shape)
+        x = architecture.require_images(x)
         x = relu(self.first_norm(self.first_conv(x)))
         for block in self.blocks:
             x = block(x)

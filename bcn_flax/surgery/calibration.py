@@ -55,10 +55,12 @@ def average(
     Raises:
         ValueError: there are no batches, or no norms, or a batch has values that are not finite.
     """
-    if isinstance(batches, jax.Array | np.ndarray):
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+        raise ValueError(f"The batches must be an iterable of inputs, but they are {batches!r}.")
+    if hasattr(batches, "shape"):
         raise ValueError(
             "The batches must be an iterable of inputs, but they are one array of shape "
-            f"{batches.shape}. For a single batch, put it in a list."
+            f"{tuple(batches.shape)}. For a single batch, put it in a list."
         )
     called: Statistics = {}
     empty = True

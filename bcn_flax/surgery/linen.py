@@ -17,6 +17,7 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from flax.typing import Dtype
 
+from bcn_flax import checks
 from bcn_flax.linen import (
     BatchChannelNorm,
     BatchNorm,
@@ -74,6 +75,7 @@ def recalibrate(
     Raises:
         ValueError: there are no batches, or no norms, or a batch has values that are not finite.
     """
+    _require_model(model, variables)
     names = calibration.Average._fields
 
     def update_first(next_fun: Any, fun_args: Any, fun_kwargs: Any, context: Any) -> Any:
@@ -183,6 +185,7 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
     Raises:
         ValueError: there is nothing to fold, or a norm was called in training.
     """
+    _require_model(model, variables)
     variables = meta.unbox(variables)
     modules, seen = _trace(model, variables, args, kwargs)
     after = seen.sole_readers()
@@ -212,6 +215,11 @@ def fold(model: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> F
         dtypes=norm_dtypes,
         mark=_new_mark(),
     )
+
+
+def _require_model(model: Any, variables: Any) -> None:
+    checks.require_type("model", model, nn.Module, "a linen module")
+    checks.require_type("variables", variables, Mapping, "a mapping of collections")
 
 
 def _new_mark() -> str:

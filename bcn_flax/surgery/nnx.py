@@ -11,6 +11,7 @@ from flax import nnx
 from flax.nnx import initializers
 from flax.typing import Dtype
 
+from bcn_flax import checks
 from bcn_flax.affine import Affine, Moments
 from bcn_flax.nnx import (
     BatchChannelNorm,
@@ -66,6 +67,11 @@ def convert_batch_norm(
         ValueError: there is no norm to convert; some of the norms or convolutions cannot be
             converted (the message lists all of them); or an example input is missing.
     """
+    checks.require_type("model", model, nnx.Module, "an NNX module")
+    ws, estimate = checks.require_flag("ws", ws), checks.require_flag("estimate", estimate)
+    num_groups = checks.or_none(checks.require_integer)("num_groups", num_groups)
+    momentum = checks.or_none(checks.require_momentum)("momentum", momentum)
+    checks.or_none(checks.require_callable)("leave", leave)
     if ws and not args:
         raise ValueError(
             "To standardize the weights of the convolution before each norm, an example input is "
@@ -206,6 +212,7 @@ def fold(model: Any, *args: Any) -> Any:
 
 
 def _evaluating(model: Any) -> Any:
+    checks.require_type("model", model, nnx.Module, "an NNX module")
     copy = nnx.clone(model)
     copy.eval()
     return copy

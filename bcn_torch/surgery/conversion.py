@@ -98,8 +98,19 @@ def convert_batch_norm(
 
     Source: in the manner of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
-    if momentum is not None:
-        checks.require_momentum(momentum)
+    checks.require_module("model", model)
+    ws, estimate = checks.require_flag("ws", ws), checks.require_flag("estimate", estimate)
+    groups = None if groups is None else checks.require_integer("groups", groups)
+    momentum = None if momentum is None else checks.require_momentum(momentum)
+    is_sequence = isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str)
+    if not (example_inputs is None or is_sequence):
+        raise ValueError(
+            "example_inputs must be a tuple of the positional arguments of the model, but they are "
+            f"of type {type(example_inputs).__name__}. For a single input x, pass (x,)."
+        )
+    checks.require_callable("report", report)
+    if leave is not None:
+        checks.require_callable("leave", leave)
     left = {
         module
         for name, module in model.named_modules(remove_duplicate=False)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bcn_torch import checks
 from bcn_torch.norms import BatchChannelNorm, BatchNorm, EstimatedBatchNorm
 from bcn_torch.surgery.flow import observe
 from bcn_torch.surgery.recognition import batch_norm_parts, may_be_batch_norm, plain_kind
@@ -86,6 +87,7 @@ def fold(model: nn.Module, *example_inputs: Any) -> nn.Module:
           (1): ChannelNorm(64, groups=32, eps=1e-05, affine=True)
         )
     """
+    checks.require_module("model", model)
     flow = observe(model, example_inputs, _is_layer, _is_norm)
     found = flow.sole_readers()
     affine_maps = {

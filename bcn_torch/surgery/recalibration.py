@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bcn_torch import checks
 from bcn_torch.norms import BatchNorm, batch_moments
 from bcn_torch.precision import widen
 
@@ -53,13 +54,16 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -
     Source: "precise BatchNorm" of Wu and Johnson, "Rethinking 'Batch' in BatchNorm",
     arXiv 2105.07576.
     """
+    checks.require_module("model", model)
     names = {m: name for name, m in model.named_modules() if isinstance(m, BatchNorm)}
     if not names:
         raise ValueError(
             "The model must have a BatchNorm, EstimatedBatchNorm or BatchChannelNorm of bcn_torch, "
             "but it has none. Convert those of torch.nn with convert_batch_norm."
         )
-    if isinstance(batches, Tensor):
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
+        raise ValueError(f"The batches must be an iterable of inputs, but they are {batches!r}.")
+    if hasattr(batches, "shape"):
         raise ValueError(
             "The batches must be an iterable of inputs, but they are one tensor of shape "
             f"{tuple(batches.shape)}. For a single batch, put it in a list."
@@ -68,6 +72,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Any, ...]]) -
 
     def average(norm: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         (x,) = (*args, *kwargs.values())
+        checks.require_input(x, norm.channels)
         _update(norm, widen(x), values[norm], names[norm])
         values[norm] += x.numel() // norm.channels
 

@@ -8,8 +8,8 @@ MUTANTS = (
     Mutant(
         "weights-along-the-wrong-axis",
         KERNELS,
-        "axis % kernel.ndim + 1,",
-        "axis % kernel.ndim,",
+        "axis % kernel.ndim + 1\n",
+        "axis % kernel.ndim\n",
         "The weights of each input channel are standardized, not those of each output channel.",
         hint="WSDense: shifting the weights",
     ),

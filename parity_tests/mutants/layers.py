@@ -164,7 +164,7 @@ MUTANTS = (
     Mutant(
         "nnx-scale-init-of-both",
         NNX,
-        "scale_init=_with_metadata_of(scale_init, initializers.ones)",
+        'scale_init=_with_metadata_of("scale_init", scale_init, initializers.ones)',
         "scale_init=scale_init",
         "A zero scale of the batch norm stops its gradient: a residual block never learns.",
         hint="contract of NNX, start: BatchChannelNorm with init",
@@ -258,8 +258,8 @@ MUTANTS = (
     Mutant(
         "nnx-momentum-ignored",
         NNX,
-        "            momentum=momentum,\n",
-        "",
+        "            momentum=momentum,\n            epsilon=epsilon if",
+        "            epsilon=epsilon if",
         "BatchChannelNorm keeps its momentum to itself, as the authors' PBCNorm does.",
         hint="NNX BatchChannelNorm: an nnx layer is linens",
     ),
@@ -282,8 +282,8 @@ MUTANTS = (
     Mutant(
         "nnx-axis-name-ignored",
         NNX,
-        "            axis_name=axis_name,\n",
-        "",
+        "else batch_epsilon,\n            axis_name=axis_name,\n",
+        "else batch_epsilon,\n",
         "BatchChannelNorm does not tell its batch norm of the other devices.",
         hint="NNX BatchChannelNorm: over devices too",
     ),
