@@ -2,6 +2,10 @@
 
 import argparse
 import builtins
+import struct
+import tarfile
+import zipfile
+from functools import partial
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -155,3 +159,70 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch, package, name, wa
         interop.load(name)
     with pytest.raises(ImportError, match=way_out):
         interop.save(name, {"weight": np.ones(3, ml_dtypes.bfloat16)})
+
+
+def nested_file(path, levels=5000):
+    """A file of torch.save in which a dictionary is nested more deeply than Python can follow."""
+    torch.save({}, path)
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    pickled = b"\x80\x02" + b"}X\x01\x00\x00\x00a" * levels + b"K\x01" + b"s" * levels + b"."
+    with zipfile.ZipFile(path, "w") as file:
+        for name, part in parts.items():
+            file.writestr(name, pickled if name.endswith("data.pkl") else part)
+
+
+def tar_file(path):
+    with tarfile.open(path, "w") as file:
+        file.addfile(tarfile.TarInfo("tensors"))
+
+
+def safetensors_file(path, header):
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+
+
+FLOAT8 = b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+BROKEN = {
+    "empty.pt": lambda path: path.write_bytes(b""),
+    "empty.safetensors": lambda path: path.write_bytes(b""),
+    "cut.pt": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "cut.safetensors": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "other.safetensors": lambda path: path.write_bytes(b"no tensors at all"),
+    "tar.pth.tar": tar_file,
+    "nested.pt": nested_file,
+    "list.safetensors": partial(safetensors_file, header=b'{"a": 3}'),
+    "nested.safetensors": partial(safetensors_file, header=b'{"a":' * 999),
+    "float8.safetensors": partial(safetensors_file, header=FLOAT8),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_with_the_reason(tmp_path, name):
+    path = tmp_path / name
+    interop.save(path, {"a": np.ones(3)})
+    BROKEN[name](path)
+    with pytest.raises(ValueError, match=rf"{name} (cannot be read: \w+|holds no state_dict)"):
+        interop.load(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch warns of TorchScript.
+def test_torchscript_is_named_with_a_way_out(tmp_path):
+    path = tmp_path / "script.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), path)
+    with pytest.raises(ValueError, match=r"script\.pt cannot be read: .* save the state_dict"):
+        interop.load(path)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    narrow = np.ones(3, ml_dtypes.float8_e4m3fn)
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(
+        ValueError, match=r"a\.safetensors must be readable .*\n  x of float8_e4m3fn"
+    ):
+        interop.save(path, {"x": narrow})
+    assert not path.exists()
+    interop.save(tmp_path / "a.pt", {"x": narrow})
+    assert kinds(interop.load(tmp_path / "a.pt")) == {"x": ("float8_e4m3fn", 3)}
+    for values in (np.ones(3, ml_dtypes.int4), np.ones(3, ml_dtypes.float8_e3m4)):
+        with pytest.raises(ValueError, match=rf"no place for:\n  x of {values.dtype}"):
+            interop.save(tmp_path / "b.pt", {"x": values})

@@ -11,6 +11,7 @@ from typing import Any
 
 from parity_tests.mutants import (
     affine,
+    arguments,
     conversion,
     convolution,
     diagnosis,
@@ -43,6 +44,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *torch_surgery.MUTANTS,
     *models.MUTANTS,
     *training.MUTANTS,
+    *arguments.MUTANTS,
     *training_faults.MUTANTS,
     *parity.MUTANTS,
     *diagnosis.MUTANTS,

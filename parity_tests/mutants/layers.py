@@ -188,16 +188,17 @@ MUTANTS = (
     Mutant(
         "nnx-statistics-of-the-parameters-type",
         NNX,
-        "shape, stats_dtype = (num_features,), promote(param_dtype, jnp.float32)",
-        "shape, stats_dtype = (num_features,), param_dtype",
+        "shape, stats_dtype = (self.num_features,), promote(param_dtype, jnp.float32)",
+        "shape, stats_dtype = (self.num_features,), param_dtype",
         "With parameters in bfloat16 the running averages are as narrow, and stop moving.",
         hint="contract of NNX, start: BatchNorm in bfloat16",
     ),
     Mutant(
         "nnx-running-variance-ignored",
         NNX,
-        "            running_variance=running_variance,\n            update_stats",
-        "            update_stats",
+        "            running_variance=running_variance,\n"
+        "            update_stats=update_stats,\n            bias_init",
+        "            update_stats=update_stats,\n            bias_init",
         "BatchChannelNorm keeps its running variance to itself.",
         hint="contract of NNX, call: BatchChannelNorm unbiased",
     ),
@@ -212,18 +213,8 @@ MUTANTS = (
     Mutant(
         "nnx-output-type-ignored",
         NNX,
-        "        self.epsilon = _number(checks.require_epsilon(epsilon))\n"
-        "        self.dtype = dtype\n"
-        "        self.param_dtype = param_dtype\n"
-        "        self.use_bias = use_bias\n"
-        "        self.use_scale = use_scale\n"
-        "        shape = (self.num_groups,)",
-        "        self.epsilon = _number(checks.require_epsilon(epsilon))\n"
-        "        self.dtype = None\n"
-        "        self.param_dtype = param_dtype\n"
-        "        self.use_bias = use_bias\n"
-        "        self.use_scale = use_scale\n"
-        "        shape = (self.num_groups,)",
+        "            axis=axis,\n            epsilon=epsilon,\n            dtype=dtype,",
+        "            axis=axis,\n            epsilon=epsilon,\n            dtype=None,",
         "ChannelNorm ignores its argument `dtype`.",
         hint="contract of NNX, type: ChannelNorm",
     ),

@@ -371,7 +371,7 @@ MUTANTS = (
     Mutant(
         "torch-integers-widened",
         TORCH_NORMS,
-        "            checks.require_floating_point(x.dtype)\n",
+        "            checks.require_floating_point(x)\n",
         "",
         "Integers become floats without a word, and the result is of integers.",
         hint="one_image_is_no_single_value",
