@@ -566,6 +566,9 @@ CALLED = ("bias_init", "scale_init", "conv", "norm", "leave", "report", "names")
 CLEAR: tuple[tuple[type[Exception], str], ...] = (
     (TypeError, "Overflow when unpacking long"),
     (ValueError, "an example input is needed"),
+    # They show the shape that the value has led to.
+    (ValueError, r"at least 2 weights per output channel .* of shape"),
+    (UserWarning, "has a single value"),
 )
 
 
@@ -617,7 +620,7 @@ def error_outcome(target: Target, parameter: str, value: Value, error: Exception
         return "theirs"
     for kind, pattern in CLEAR:
         if type(error) is kind and re.search(pattern, str(error)):
-            return "theirs"
+            return "ours" if ours else "theirs"
     return f"unclear: {type(error).__name__}: {str(error)[:150]!r} at {Path(place).name}"
 
 
