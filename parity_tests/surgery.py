@@ -64,10 +64,10 @@ class Member(nn.Module):
         return BCN()(bcn_flax.WSConv(*WINDOW, use_bias=False)(x))
 
 
-def ensemble(axis):
+def ensemble(axis, member=Member, statistics=0):
     return nn.vmap(
-        Member,
-        variable_axes={"params": axis, "batch_stats": axis},
+        member,
+        variable_axes={"params": axis, "batch_stats": statistics},
         split_rngs={"params": True},
         in_axes=None,
         axis_size=3,
@@ -160,11 +160,23 @@ LINEN = {
     ),
     "compiled, twice": Linen(lambda m, x: Compiled()(Compiled()(x)), (2, 0)),
     "an ensemble": Linen(lambda m, x: ensemble(0)()(x), (1, 1)),
-    "an ensemble along axis 1": Linen(with_plain(lambda m, x: ensemble(1)()(x)), (1, 0)),
+    "an ensemble of ensembles": Linen(lambda m, x: ensemble(0, ensemble(0))()(x), (1, 1)),
+    "an ensemble with common statistics": Linen(
+        lambda m, x: ensemble(0, statistics=None)()(x), (1, 0)
+    ),
+    "an ensemble along axis 1": Linen(
+        with_plain(lambda m, x: ensemble(1, statistics=1)()(x)), (1, 0)
+    ),
     "weight norm": Linen(
         with_plain(lambda m, x: nn.BatchNorm(True)(nn.WeightNorm(nn.Conv(*WINDOW))(x))), (1, 0)
     ),
     "a tied kernel": Linen(with_plain(tied), (1, 0)),
+    "a layer with scales for float8": Linen(
+        with_plain(
+            lambda m, x: nn.BatchNorm(True)(nn.Dense(SIZE, dot_general_cls=nn.Fp8DotGeneral)(x))
+        ),
+        (1, 0),
+    ),
     "a subclass": Linen(with_plain(lambda m, x: Activated(True)(nn.Conv(*WINDOW)(x))), (1, 0)),
     "sown": Linen(with_plain(sown), (1, 0), {"mutable": ["intermediates"]}),
     "sown to nobody": Linen(with_plain(sown), (2, 1)),

@@ -22,6 +22,8 @@ from bcn_flax.nnx import (
 )
 from bcn_flax.surgery import linen
 from bcn_flax.surgery.nnx import convert_batch_norm, fold, recalibrate
+from parity_tests import surgery
+from parity_tests.surgery import Network
 from parity_tests.tolerances import assert_close
 
 RNG = np.random.default_rng(0)
@@ -241,6 +243,13 @@ class TestConversion:
         )
         with pytest.raises(ValueError, match=r"layers/0: .*at least 2 weights"):
             convert_batch_norm(model, IMAGES, num_groups=2)
+
+    def test_a_convolution_inside_of_a_condition_is_standardized(self):
+        def call(model, x):
+            return nnx.cond(x.sum() > 0, lambda m, x: m.norm(m.conv(x)), lambda _, x: x, model, x)
+
+        converted = convert_batch_norm(Network(call), surgery.IMAGES, num_groups=2)
+        assert type(converted.conv) is WSConv
 
     def test_an_example_is_needed_to_see_what_comes_before(self):
         with pytest.raises(ValueError, match=r"example input is needed.*ws=False"):
