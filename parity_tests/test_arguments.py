@@ -13,7 +13,8 @@ import bcn_flax
 import bcn_torch
 from bcn_flax import interop, standardize_kernel
 from bcn_torch import standardize_weight
-from parity_tests.arguments import TARGETS, VALUES, outcome
+from parity_tests.argument_targets import TARGETS
+from parity_tests.arguments import VALUES, outcome
 
 pytestmark = pytest.mark.torch
 
