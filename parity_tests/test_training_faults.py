@@ -166,6 +166,16 @@ def test_an_edited_configuration_is_refused_by_its_field(whole, edit, reason):
         assert "run" in message(train_cifar.main, config(folder, resume=True))
 
 
+def test_a_run_killed_before_its_first_file_is_started_again():
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/checkpoints/.lock").touch()
+    Path("run/config.json.draft").touch()
+    one = dataclasses.replace(config("run"), epochs=1)
+    assert train_cifar.main(dataclasses.replace(one, resume=True))["epoch"] == 1
+    text = message(train_cifar.main, one)
+    assert "holds config.json, metrics.jsonl, curves.png, checkpoints." in text
+
+
 # Folders
 
 NAMES = ("Zürich 中文 🙂 {0}", "- b#c%20d?e$f_{$", "n" * 255)

@@ -55,7 +55,7 @@ def new_folder(output: Path | None, default: Path) -> Path:
         if output is None:
             return _numbered_folder(default)
         _require_folder(output)
-        if found := [name for name in _FILES if (output / name).exists()]:
+        if found := [name for name in _FILES if _is_result(output / name)]:
             raise TrainingError(
                 f"The output folder must not hold results already, but {output} holds "
                 f"{', '.join(found)}. Choose another folder, move that one away, or omit --output: "
@@ -255,6 +255,11 @@ def _tensorboard(folder: Path, first_epoch: int) -> Any:
             '".[tensorboard]", or omit --tensorboard.'
         ) from error
     return SummaryWriter(str(folder), purge_step=first_epoch)
+
+
+def _is_result(path: Path) -> bool:
+    """A run that is killed at its start leaves a folder that holds no more than a lock."""
+    return any(path.glob("[!.]*")) if path.is_dir() else path.exists()
 
 
 def _numbered(default: Path) -> Iterator[Path]:

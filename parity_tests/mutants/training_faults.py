@@ -119,6 +119,14 @@ MUTANTS = (
     ),
     of_faults(
         file="training/results.py",
+        name="locks-taken-for-results",
+        old='any(path.glob("[!.]*")) if path.is_dir() else path.exists()',
+        new="path.exists()",
+        why="A run that is killed at its start cannot be resumed.",
+        hint="a_run_killed_before_its_first_file",
+    ),
+    of_faults(
+        file="training/results.py",
         name="curves-reported-instead",
         old="suppress(TrainingError) if error else nullcontext()",
         new="nullcontext()",
