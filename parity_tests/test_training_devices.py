@@ -102,11 +102,10 @@ def test_each_process_is_told_where_it_belongs(monkeypatch):
 
 
 PROCESS = """
-import dataclasses, sys
 import train_cifar
-from training.config import RECIPES
-RECIPES["digits"] = dataclasses.replace(RECIPES["digits"], blocks=((8,),), groups=4)
-train_cifar.command_line()
+from parity_tests.small_runs import small_networks
+with small_networks():
+    train_cifar.command_line()
 """
 
 
