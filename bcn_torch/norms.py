@@ -458,7 +458,7 @@ class BatchChannelNorm(nn.Module):
 
     @property
     def update_stats(self) -> bool | None:
-        """That of the batch norm: when to update the running estimates."""
+        """When to update the running estimates, as in the batch norm."""
         return self.batch_norm.update_stats
 
     @update_stats.setter

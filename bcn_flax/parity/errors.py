@@ -139,7 +139,7 @@ class Tolerance(NamedTuple):
     """Another tolerance for some of the arrays.
 
     Attributes:
-        pattern: of their names, as printed; `*` matches anything, as in "statistic */var".
+        pattern: of their names, as printed; `*` matches anything, as in `statistic */var`.
         factor: of the allowed error; below 1 it is tighter.
         reason: why it has to be wider; printed in the report.
     """
@@ -161,7 +161,7 @@ class Accuracy(NamedTuple):
 
     @property
     def less_accurate(self) -> str:
-        """The side whose error is clearly larger: "Flax", "PyTorch" or "neither"."""
+        """The side with a clearly larger error, "Flax" or "PyTorch", or "neither"."""
         if max(self) <= 2 * min(self):
             return "neither"
         return "Flax" if self.flax > self.torch else "PyTorch"
