@@ -83,6 +83,8 @@ BCN: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
     }
 )
+"""Arguments of `BatchChannelNorm`. "authors_readme" never updates its estimates as published: give
+it a `momentum`."""
 
 WS: Mapping[str, Standardization] = MappingProxyType(
     {
@@ -99,3 +101,4 @@ WS: Mapping[str, Standardization] = MappingProxyType(
         ),
     }
 )
+"""The argument `standardization` of `WSConv1d`, `WSConv2d`, `WSConv3d` and `WSLinear`."""

@@ -25,7 +25,7 @@ extensions = [
     "code_lines",
     "docstrings",
 ]
-exclude_patterns = ["_build", "README.md"]
+exclude_patterns = ["_build"]
 
 # Pages: every code cell runs, and one that fails or warns fails the build. While writing, results
 # are kept between builds; elsewhere nothing is.
@@ -42,14 +42,16 @@ nb_output_stderr = "error"
 default_role = "name"
 add_module_names = False
 autoclass_content = "both"
+autodoc_default_options = {"no-value": True}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
+napoleon_attr_annotations = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_display_short_literal_types = True
-python_maximum_signature_line_length = 80
+python_maximum_signature_line_length = 120
 python_use_unqualified_type_names = True
 
 # Other projects: the names that this site links to, and where they are.

@@ -12,7 +12,7 @@ from typing import Any
 import jax.typing
 from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.domains.python import PyXRefRole
+from sphinx.domains.python import PyObject, PyXRefRole
 from sphinx.environment import BuildEnvironment
 from sphinx.util.typing import stringify_annotation
 
@@ -28,7 +28,12 @@ PUBLIC_NAMES = {
 # Sphinx sees an alias as what it stands for.
 ALIASES = {"ArrayLike": jax.typing.ArrayLike, "DTypeLike": jax.typing.DTypeLike}
 # Short names of modules, as the docstrings of each package use them.
-SHORT_NAMES = {"nnx": "flax.nnx", "jnp": "jax.numpy", "lax": "jax.lax", "partial": "functools.partial"}
+SHORT_NAMES = {
+    "nnx": "flax.nnx",
+    "jnp": "jax.numpy",
+    "lax": "jax.lax",
+    "partial": "functools.partial",
+}
 SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Yields):$")
 
 
@@ -39,6 +44,7 @@ class NameRole(PyXRefRole):
         """Make a reference of what can be a name, and code of the rest."""
         if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", self.text):
             return [nodes.literal(self.rawtext, self.text)], []
+        self.name = "py:obj"
         made, messages = super().run()
         package = self.env.ref_context.get("py:module", "").split(".")[0]
         short, _, rest = made[0]["reftarget"].partition(".")
@@ -62,8 +68,9 @@ def accept_unknown(app: Sphinx, env: BuildEnvironment, node: Any, text: Any) -> 
 def rewrite_docstring(
     app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]
 ) -> None:
-    """From Markdown to reStructuredText."""
-    lines[:] = literal_blocks(tables(lines))
+    """From Markdown to reStructuredText, without what Python writes for named tuples."""
+    written = (line for line in lines if not line.startswith("Create new instance of "))
+    lines[:] = literal_blocks(tables(written))
 
 
 def literal_blocks(lines: Iterable[str]) -> Iterator[str]:
@@ -98,15 +105,14 @@ def tables(lines: Iterable[str]) -> Iterator[str]:
         yield line
 
 
-def escape_types(
-    app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]
-) -> None:
-    """Show the types of attributes, which napoleon adds, as code: shapes have asterisks."""
-    lines[:] = [re.sub(r"^(:vartype \w+: )(.+)$", r"\1``\2``", line) for line in lines]
-
-
 def rewrite_signature(
-    app: Sphinx, what: str, name: str, obj: object, options: Any, signature: str | None, returns: str
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: Any,
+    signature: str | None,
+    returns: str | None,
 ) -> tuple[str, str] | None:
     """Show aliases and defaults by name, and leave out what Flax adds to every linen module."""
 
@@ -129,11 +135,13 @@ def skip_member(
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register all of it."""
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     app.add_role("name", NameRole())
     app.connect("missing-reference", use_public_name, priority=100)
     app.connect("missing-reference", accept_unknown, priority=900)
     app.connect("autodoc-process-docstring", rewrite_docstring, priority=400)
-    app.connect("autodoc-process-docstring", escape_types, priority=600)
     app.connect("autodoc-process-signature", rewrite_signature)
     app.connect("autodoc-skip-member", skip_member)
     return {"parallel_read_safe": True}
