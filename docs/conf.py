@@ -10,13 +10,14 @@ sys.path[:0] = [str(HERE / "_extensions")]
 import bcn_flax  # noqa: E402
 
 project = "batch-channel-norm"
-author = "the batch-channel-norm authors"
+author = copyright = "The batch-channel-norm developers"
 version = release = bcn_flax.__version__
 html_title = "batch-channel-norm"
 
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
@@ -41,6 +42,7 @@ nb_output_stderr = "error"
 # hold the name of an object of this site or of another project, a link.
 default_role = "name"
 add_module_names = False
+autosummary_generate = False
 autoclass_content = "both"
 autodoc_default_options = {"no-value": True}
 autodoc_member_order = "bysource"

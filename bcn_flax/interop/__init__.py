@@ -7,33 +7,33 @@ returns such a module. `load` and `save` read and write files.
 
 Names and layouts correspond by these rules:
 
-| Flax                                     | PyTorch                                            |
-|------------------------------------------|----------------------------------------------------|
-| module path `layers_0/batch_norm`        | `layers.0.batch_norm`, or with `layers_0`          |
-| `layers_0` of a Sequential               | `0`                                                |
-| any path                                 | the path for which `names` gives it                |
-| `kernel` of a dense layer, `(in, out)`   | `weight`, `(out, in)`                              |
-| - after a flatten: pass `flattened`      | the same, inputs in another order                  |
-| `kernel` of a convolution,               | `weight`,                                          |
-| `(*window, in, out)`                     | `(out, in, *window)`, any groups                   |
-| `kernel` of a transposed convolution,    | `weight`,                                          |
-| `(*window, in, out)`, or                 | `(in, out, *window)`, flipped, or                  |
-| `(*window, out, in)`: `transpose_kernel` | `(in, out, *window)`                               |
-| `scale`                                  | `scale` (`bcn_torch`), `weight` (`torch.nn`)       |
-| `bias`                                   | `shift` (norms of `bcn_torch`), `bias`             |
-| `batch_stats`: `mean`, `var`             | `exp_mean`, `exp_var` or `running_mean`, `_var`    |
-| `embedding`                              | `weight`                                           |
-| `negative_slope`                         | `weight`                                           |
-| any other, such as `gain`                | the same name; axes of length 1 may differ         |
-| `batch_norm/{scale,bias,mean,var}`       | the authors' `bn.` or `pbn.` and PyTorch's names   |
-| `channel_norm/{scale,bias}` beside it    | the authors' `weight`, `bias`, `(1, groups, 1)`    |
-| nothing                                  | `num_batches_tracked`, `estbn_moving_speed`        |
-| LSTM, GRU, simple cell:                  | part of `weight_ih`, `weight_hh`, such as          |
-| `ii/kernel`, `hn/kernel`                 | `weight_ih_l0[0:4]`; `lstm.l0` is a module         |
-| - their bias                             | part of `bias_ih` and of `bias_hh`, added          |
-| attention: `query/kernel`, `key`, `value`| part of `in_proj_weight` or `qkv.weight`, or       |
-| `(in, heads, size)`                      | `q_proj.weight`, `query.weight`                    |
-| - `out/kernel`, `(heads, size, out)`     | `out_proj.weight`, `proj.weight`                   |
+| Flax                                            | PyTorch                                      |
+|-------------------------------------------------|----------------------------------------------|
+| module path `layers_0/batch_norm`               | `layers.0.batch_norm`, or with `layers_0`    |
+| `layers_0` of a Sequential                      | `0`                                          |
+| any path                                        | the path for which `names` gives it          |
+| `kernel` of a dense layer, `(in, out)`          | `weight`, `(out, in)`                        |
+| the same after a flatten: pass `flattened`      | the same, inputs in another order            |
+| `kernel` of a convolution, `(*window, in, out)` | `weight`, `(out, in, *window)`, any groups   |
+| of a transposed one, `(*window, in, out)`       | `weight`, `(in, out, *window)`, flipped      |
+| with `transpose_kernel`, `(*window, out, in)`   | `weight`, `(in, out, *window)`               |
+| `scale`                                         | `scale` (`bcn_torch`), `weight` (`torch.nn`) |
+| `bias`                                          | `shift` (norms of `bcn_torch`), `bias`       |
+| `mean` in `batch_stats`                         | `exp_mean` or `running_mean`                 |
+| `var` in `batch_stats`                          | `exp_var` or `running_var`                   |
+| `embedding`                                     | `weight`                                     |
+| `negative_slope`                                | `weight`                                     |
+| any other, such as `gain`                       | the same name; axes of length 1 may differ   |
+| `batch_norm/{scale,bias,mean,var}`              | authors' `bn.` or `pbn.` and PyTorch's names |
+| `channel_norm/{scale,bias}` beside it           | authors' `weight`, `bias`, `(1, groups, 1)`  |
+| nothing                                         | `num_batches_tracked`, `estbn_moving_speed`  |
+| a layer of an LSTM or a GRU                     | `lstm.l0`, as if it were a module            |
+| its `ii/kernel`, or of a simple cell            | part of `weight_ih`: `weight_ih_l0[0:4]`     |
+| its `hn/kernel`                                 | part of `weight_hh`                          |
+| its bias                                        | part of `bias_ih` and of `bias_hh`, added    |
+| attention: `query/kernel`, `(in, heads, size)`  | `q_proj.weight` or `query.weight`            |
+| the same, or that of `key` or `value`           | part of `in_proj_weight` or `qkv.weight`     |
+| its `out/kernel`, `(heads, size, out)`          | `out_proj.weight` or `proj.weight`           |
 
 Some facts are shown neither by names nor by shapes: which dense layers follow a flatten, and the
 `transpose_kernel` of a transposed convolution with as many inputs as outputs. They must be given,

@@ -34,6 +34,8 @@ SHORT_NAMES = {
     "lax": "jax.lax",
     "partial": "functools.partial",
 }
+# Names of functions that are also those of variables, which the docstrings mean.
+VARIABLES = {"embedding", "kernel"}
 SECTION = re.compile(r"(Args|Attributes|Example|Raises|Returns|Yields):$")
 
 
@@ -42,7 +44,8 @@ class NameRole(PyXRefRole):
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         """Make a reference of what can be a name, and code of the rest."""
-        if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", self.text):
+        is_name = re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", self.text)
+        if not is_name or self.text in VARIABLES:
             return [nodes.literal(self.rawtext, self.text)], []
         self.name = "py:obj"
         made, messages = super().run()
