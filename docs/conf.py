@@ -10,7 +10,7 @@ sys.path[:0] = [str(HERE / "_extensions")]
 import bcn_flax  # noqa: E402
 
 project = "batch-channel-norm"
-author = copyright = "The batch-channel-norm developers"
+project_copyright = "The batch-channel-norm developers"
 version = release = bcn_flax.__version__
 html_title = "batch-channel-norm"
 

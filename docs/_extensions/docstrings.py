@@ -14,6 +14,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.domains.python import PyObject, PyXRefRole
 from sphinx.environment import BuildEnvironment
+from sphinx.util import inspect
 from sphinx.util.typing import stringify_annotation
 
 # Sphinx sees a class where it is defined, which is often a private module.
@@ -126,7 +127,15 @@ def rewrite_signature(
         text = re.sub(r"<(?:function|class) '?(?:[\w.]+\.)?(\w+)'?(?: at 0x\w+)?>", r"\1", text)
         return re.sub(r", parent: [^()]*?<[^<>]*_Sentinel[^<>]*>, name: [^()]*?(?=\))", "", text)
 
-    return None if signature is None else (rewrite(signature), rewrite(returns or ""))
+    if signature is None:
+        return None
+    if what == "class" and signature.startswith("(*args"):
+        # That of the metaclass of NNX modules, which passes everything on.
+        init = inspect.signature(obj.__init__, bound_method=True)  # type: ignore[misc]
+        signature = inspect.stringify_signature(
+            init, show_return_annotation=False, unqualified_typehints=True, short_literals=True
+        )
+    return rewrite(signature), rewrite(returns or "")
 
 
 def skip_member(
