@@ -30,7 +30,7 @@ exclude_patterns = ["_build"]
 
 # Pages: every code cell runs, and one that fails or warns fails the build. While writing, results
 # are kept between builds; elsewhere nothing is.
-myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath", "substitution"]
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 myst_dmath_double_inline = True
 nb_execution_mode = "force" if os.environ.get("CI") else "cache"

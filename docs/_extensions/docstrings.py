@@ -21,6 +21,7 @@ from sphinx.util.typing import stringify_annotation
 PUBLIC_NAMES = {
     "flax.linen.module.Module": "flax.linen.Module",
     "flax.nnx.module.Module": "flax.nnx.Module",
+    "flax.nnx.rnglib.Rngs": "flax.nnx.Rngs",
     "jax.jaxlib._jax.Array": "jax.Array",
     "jaxlib._jax.Array": "jax.Array",
     "optax._src.base.GradientTransformation": "optax.GradientTransformation",
