@@ -39,10 +39,6 @@ import sklearn.model_selection
 import tyro
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
 
 from bcn_flax import BatchChannelNorm, BatchNorm, WSConv
 from bcn_flax.models import VGG
@@ -76,8 +72,8 @@ class Config:
     cache: Path = Path("runs/micro_batch")
     """The folder that keeps what was measured already."""
     quick: bool = False
-    """Only try the program: 2 norms, 2 batch sizes, 2 rates, 2 seeds, 1 epoch. The table and the
-    figure then go into the cache."""
+    """Only try the program: 2 norms, 2 batch sizes, 2 rates, 2 seeds, 1 epoch. The table then goes
+    into the cache."""
 
 
 class Plan(NamedTuple):
@@ -403,59 +399,8 @@ batch size {REFERENCE_BATCH}; at batch size n they are times n / {REFERENCE_BATC
     )
 
 
-# Readable on white and on black.
-TEXT = "#747c87"
-COLORS = {"bn": "#d1495b", "gn": "#b8860b", "bcn": "#2f81f7"}
-MARKERS = {"bn": "s", "gn": "^", "bcn": "o"}
-
-
-def draw(path: Path, cells: Cells, plan: Plan) -> None:
-    """Draw accuracy over batch size, a line for each norm, dashed without WS."""
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",  # letters as letters: a small file
-        "svg.hashsalt": path.stem,  # and the same one each time
-        "font.size": 11,
-        **dict.fromkeys(
-            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT
-        ),
-    }
-    with rc_context(settings):
-        figure = Figure(figsize=(7.2, 3.8), layout="constrained")
-        axes = figure.subplots()
-        for i, network in enumerate(plan.networks):
-            draw_line(axes, network, cells, plan, 1.04 ** (i - (len(plan.networks) - 1) / 2))
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(plan.batch_sizes, map(str, plan.batch_sizes))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel="batch size", ylabel="held-out accuracy (%), ± 2 standard errors")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color=TEXT, alpha=0.25)
-        figure.legend(loc="outside right center", frameon=False)
-        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-
-
-def draw_line(axes: Axes, network: str, cells: Cells, plan: Plan, shift: float) -> None:
-    """Draw the means and two standard errors to either side, moved so as not to hide others."""
-    chosen = [cells[network, batch_size] for batch_size in plan.batch_sizes]
-    norm, ws = NETWORKS[network]["norm"], NETWORKS[network]["ws"]
-    axes.errorbar(
-        [shift * batch_size for batch_size in plan.batch_sizes],
-        [cell.accuracies.mean() for cell in chosen],
-        [2 * standard_error(cell) for cell in chosen],
-        label=network,
-        color=COLORS[norm],
-        marker=MARKERS[norm],
-        markersize=6,
-        markerfacecolor=COLORS[norm] if ws else "none",
-        linestyle="-" if ws else "--",
-        linewidth=1.8,
-        elinewidth=1.2,
-        capsize=2.5,
-    )
-
-
 def main(config: Config) -> None:
-    """Measure what the cache lacks, and write the table and the figure."""
+    """Measure what the cache lacks, and write the table."""
     plan = make_plan(config)
     scores = Scores(config.cache)
     cells = {
@@ -465,9 +410,8 @@ def main(config: Config) -> None:
     }
     folder = config.cache if config.quick else RESULTS
     write_table(folder / "micro_batch.md", cells, plan)
-    draw(folder / "micro_batch.svg", cells, plan)
     print((folder / "micro_batch.md").read_text(encoding="utf-8"))
-    print(f"written to {folder / 'micro_batch'}.md and .svg")
+    print(f"written to {folder / 'micro_batch.md'}, from which docs/figures.py draws the figure")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The reference has every public name, and the pages of the site are found from its index."""
 
-import importlib
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
-REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
+DOCS = Path(__file__).parent.parent / "docs"
+REFERENCE = DOCS / "reference"
 
 
 @pytest.mark.parametrize(
@@ -29,3 +30,14 @@ def test_reference_has_every_public_name(name):
 def test_index_lists_every_page():
     listed = re.findall(r"^bcn_\S+$", (REFERENCE / "index.md").read_text(), re.M)
     assert sorted(listed) == sorted(page.stem for page in REFERENCE.glob("bcn_*.md"))
+
+
+def test_figures_are_drawn_from_the_tables_of_today():
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    names = sorted(f"{name}-{theme}" for name in figures.DRAWINGS for theme in figures.THEMES)
+    assert names == sorted(path.stem for path in figures.FIGURES.glob("*.svg"))
+    for path in figures.FIGURES.glob("*.svg"):
+        drawn_from = figures.fingerprint(path.stem.rpartition("-")[0])
+        assert drawn_from in path.read_text(), f"{path.name} is old: python docs/figures.py"
