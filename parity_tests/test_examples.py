@@ -55,9 +55,10 @@ def test_everything_public_is_explained(package):
 
 @pytest.mark.torch
 def test_readme_runs_from_top_to_bottom():
-    """Without the excerpt of the source, which is not a program."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    programs = [block for block in blocks if not block.startswith("f = batch_norm")]
-    assert len(programs) == len(blocks) - 1 == 11
-    exec("\n".join(programs), {"__name__": "readme"})
+    programs = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(programs) == 2
+    scope = {"__name__": "readme"}
+    exec("\n".join(programs), scope)
+    [report] = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert report.strip() in str(scope["comparison"])
