@@ -37,6 +37,7 @@ nb_execution_mode = "force" if os.environ.get("CI") else "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120
 nb_output_stderr = "error"
+nb_merge_streams = True
 
 # Reference: from the docstrings, which are in Google style. Single backticks are code and, if they
 # hold the name of an object of this site or of another project, a link.
