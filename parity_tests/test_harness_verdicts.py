@@ -14,7 +14,7 @@ from jax.interpreters import mlir
 
 from bcn_flax.parity import SAME, Tolerance, adam, assert_parity, compare
 from bcn_flax.parity.errors import Worst
-from parity_tests.model_pairs import bert, defective_pairs, random_pair, resnet, vit
+from parity_tests.model_pairs import bert, defective_pairs, random_pair, vit
 from parity_tests.small_models import (
     EVALUATION,
     ONE_STEP,
@@ -147,9 +147,9 @@ def test_a_module_that_accepts_one_dtype_is_compared_in_float64():
     }
 
 
-PAIRS = {pair.name: pair for pair in (vit("nnx"), bert("linen"), resnet("nnx"))}
+PAIRS = {pair.name: pair for pair in (vit("nnx"), bert("linen"))}
 # `benchmarks/harness.py` tries all of them, and 200 random models.
-DEFECTIVE = {pair.name: pair for pair in list(defective_pairs())[1::5]}
+DEFECTIVE = {pair.name: pair for pair in list(defective_pairs())[1::8]}
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_a_defect_of_a_small_vit_bert_or_resnet_is_found(name):
 
 # Of all kinds of layers, and quick to compile.
 @pytest.mark.parametrize(
-    "seed", [3, 5, 14, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(16, 20))]
+    "seed", [3, 5, 14, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (16, 17))]
 )
 def test_equal_models_of_a_random_architecture_are_called_equal(seed):
     comparison = random_pair(seed).compare()

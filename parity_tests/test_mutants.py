@@ -20,7 +20,11 @@ SWAPPED = next(mutant for mutant in MUTANTS if mutant.name == "momentum-swapped"
 
 
 def each(mutants):
-    return pytest.mark.parametrize("mutant", mutants, ids=[mutant.name for mutant in mutants])
+    """All of them take minutes, so that two in three of each table are slow."""
+    marks = ([], [pytest.mark.slow], [pytest.mark.slow])
+    return pytest.mark.parametrize(
+        "mutant", [pytest.param(m, id=m.name, marks=marks[i % 3]) for i, m in enumerate(mutants)]
+    )
 
 
 def checks_named(hint):
