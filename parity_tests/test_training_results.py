@@ -135,6 +135,20 @@ def test_a_run_cut_short_keeps_its_metrics(epochs):
     assert Path("here/curves.png").exists() == (epochs > 0)
 
 
+def test_curves_that_cannot_be_drawn_do_not_hide_why_training_failed():
+    def fail(*errors):
+        with Results(new_folder(Path("here"), Path("unused")), {}, (), tensorboard=False) as run:
+            Path("here/curves.png").symlink_to("/dev/full")
+            run.history.append(metrics(1))
+            for error in errors:
+                raise error
+
+    assert message(fail).startswith("Cannot write to here: No space left on device.")
+    Path("here").rename("there")
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError)
+
+
 def test_tensorboard_gets_the_same_numbers():
     with Results(new_folder(Path("here"), Path("unused")), {}, (), tensorboard=True) as results:
         results.add(metrics(1))

@@ -16,6 +16,8 @@ from textwrap import shorten
 from types import CodeType
 from typing import Any, NamedTuple
 
+import torch
+
 from parity_tests.mutants import pytest_checks
 
 ROOT = Path(__file__).parents[2]
@@ -119,9 +121,11 @@ def imported_afresh(mutant: Mutant | None) -> Iterator[None]:
     originals = _forget()
     finder = _Finder(mutant)
     sys.meta_path.insert(0, finder)
+    default = torch.get_default_dtype()
     try:
         yield
     finally:
+        torch.set_default_dtype(default)  # A mutant may have left another one.
         sys.meta_path.remove(finder)
         _forget()
         sys.modules.update(originals)

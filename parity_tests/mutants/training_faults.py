@@ -131,7 +131,8 @@ MUTANTS = (
         old="suppress(TrainingError) if error else nullcontext()",
         new="nullcontext()",
         why="That no curves can be drawn hides why training failed.",
-        hint="a_run_on_a_disk_that_fills_up",
+        hint="curves_that_cannot_be_drawn",
+        tests=("test_training_results.py",),
     ),
     of_faults(
         file="training/checkpoints.py",
