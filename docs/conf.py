@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx-mathjax-offline",  # formulas need no network
     "sphinx_design",
     "code_lines",
     "docstrings",
@@ -84,7 +85,4 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
-mathjax_path = os.environ.get(
-    "MATHJAX", "https://cdn.jsdelivr.net/npm/mathjax@3.2.2/es5/tex-chtml.js"
-)
 mathjax3_config = {"chtml": {"displayAlign": "left", "displayIndent": "0"}}
