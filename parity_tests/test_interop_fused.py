@@ -298,6 +298,7 @@ class LastState(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_the_harness_compares_a_recurrent_cell():
     assert_parity(LastState(), OneBias(), X, names=CELL, axes={2: SAME, 3: SAME})
 
@@ -311,6 +312,7 @@ class TwoBiases(OneBias):
         self.bias_ih = torch.nn.Parameter(torch.zeros(16))
 
 
+@pytest.mark.slow
 def test_the_harness_finds_that_two_biases_learn_twice_as_fast():
     comparison = compare(LastState(), TwoBiases(), X, names=CELL, axes={2: SAME, 3: SAME}, steps=1)
     failed = {str(row.name) for row in comparison.rows if not row.passed}
