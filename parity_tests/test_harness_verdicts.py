@@ -14,7 +14,7 @@ from jax.interpreters import mlir
 
 from bcn_flax.parity import SAME, Tolerance, adam, assert_parity, compare
 from bcn_flax.parity.errors import Worst
-from parity_tests.model_pairs import bert, defective_pairs, random_pair, vit
+from parity_tests.model_pairs import defective_pairs, random_pair, vit
 from parity_tests.small_models import (
     EVALUATION,
     ONE_STEP,
@@ -147,15 +147,13 @@ def test_a_module_that_accepts_one_dtype_is_compared_in_float64():
     }
 
 
-PAIRS = {pair.name: pair for pair in (vit("nnx"), bert("linen"))}
 # `benchmarks/harness.py` tries all of them, and 200 random models.
-DEFECTIVE = {pair.name: pair for pair in list(defective_pairs())[1::8]}
+DEFECTIVE = {pair.name: pair for pair in list(defective_pairs())[1::12]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAIRS)
-def test_a_small_vit_bert_or_resnet_is_equal_to_itself(name):
-    assert PAIRS[name].compare().verdict == "equal"
+def test_a_small_vit_is_equal_to_itself():
+    assert vit("nnx").compare().verdict == "equal"
 
 
 @pytest.mark.slow
@@ -167,9 +165,7 @@ def test_a_defect_of_a_small_vit_bert_or_resnet_is_found(name):
 
 
 # Of all kinds of layers, and quick to compile.
-@pytest.mark.parametrize(
-    "seed", [3, 5, 14, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (16, 17))]
-)
+@pytest.mark.parametrize("seed", [3, 5, 14, pytest.param(16, marks=pytest.mark.slow)])
 def test_equal_models_of_a_random_architecture_are_called_equal(seed):
     comparison = random_pair(seed).compare()
     assert comparison.verdict == "equal", str(comparison)
